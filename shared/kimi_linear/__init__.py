@@ -1,0 +1,1 @@
+"""The Kimi Linear model: configuration, weights, layers, forward, request state, sampling, tokenizer."""

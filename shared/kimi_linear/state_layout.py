@@ -1,0 +1,56 @@
+"""The shape of a request's state, without torch, so that services that hold no tensors can read it."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Final, Literal
+
+DTypeName = Literal["float32", "bfloat16"]
+DTYPE_BYTES: Final[dict[DTypeName, int]] = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayout:
+    """Shapes and dtypes of one request's state (Kimi Linear report, sections 3 and 4).
+
+    A KDA layer keeps a recurrent state and the last inputs of its three short convolutions, both
+    independent of the length; an MLA layer keeps one latent (compressed c_kv, then k_pe) a token.
+    """
+
+    kda_layers: int
+    kda_heads: int
+    kda_head_dim: int
+    convolution_taps: int
+    """Inputs kept for each convolution channel: its kernel size minus one."""
+    mla_layers: int
+    latent_dim: int
+    """kv_lora_rank + qk_rope_head_dim."""
+    latent_dtype: DTypeName
+    convolution_dtype: DTypeName
+    recurrent_dtype: DTypeName = "float32"
+
+    @property
+    def convolution_channels(self) -> int:
+        """Channels of the query, key and value convolutions together."""
+        return 3 * self.kda_heads * self.kda_head_dim
+
+    @property
+    def recurrent_shape(self) -> tuple[int, int, int, int]:
+        """`[kda_layers, heads, K, V]`."""
+        return (self.kda_layers, self.kda_heads, self.kda_head_dim, self.kda_head_dim)
+
+    @property
+    def convolution_shape(self) -> tuple[int, int, int]:
+        """`[kda_layers, 3 * heads * K, taps]`: query, key and value channels, oldest tap first."""
+        return (self.kda_layers, self.convolution_channels, self.convolution_taps)
+
+    def latents_shape(self, tokens: int) -> tuple[int, int, int]:
+        """`[mla_layers, tokens, latent_dim]`."""
+        return (self.mla_layers, tokens, self.latent_dim)
+
+    def state_bytes(self, tokens: int) -> int:
+        """Uncompressed bytes of the whole state of a request of `tokens` tokens."""
+        return (
+            prod(self.recurrent_shape) * DTYPE_BYTES[self.recurrent_dtype]
+            + prod(self.convolution_shape) * DTYPE_BYTES[self.convolution_dtype]
+            + prod(self.latents_shape(tokens)) * DTYPE_BYTES[self.latent_dtype]
+        )
