@@ -1,7 +1,8 @@
 """Every error that crosses a module's edge, with the HTTP status or the retry decision it implies.
 
 Raised near the cause, handled at the edge: the gateway turns an error into OpenAI's error object by
-`http_status`, `kind` and `param`; a worker asks `retryable` whether another attempt may succeed.
+`http_status`, `kind`, `param` and `code`; a worker asks `retryable` whether another attempt may
+succeed.
 """
 
 from typing import ClassVar
@@ -12,6 +13,7 @@ class PrfaasError(Exception):
 
     http_status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
     retryable: ClassVar[bool] = False
 
 
@@ -33,6 +35,7 @@ class ModelNotFoundError(InvalidRequestError):
     """The request names a model that is not served here."""
 
     http_status = 404
+    code = "model_not_found"
 
 
 class RequestTooLargeError(InvalidRequestError):
@@ -45,7 +48,7 @@ class RequestTooLargeError(InvalidRequestError):
 
 
 class OverloadedError(PrfaasError):
-    """The backlog is full; `retry_after` is the time in seconds after which it is worth retrying."""
+    """The backlog is full; after `retry_after` seconds it is worth trying again."""
 
     http_status = 429
     kind = "rate_limit_error"
@@ -72,6 +75,14 @@ class DeadlineExceededError(PrfaasError):
 
 class GenerationError(PrfaasError):
     """The request was given up by the workers; the message says why."""
+
+
+class BrokenLogitsError(GenerationError):
+    """The model computed logits that are not numbers for `rows` of a batch."""
+
+    def __init__(self, message: str, rows: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 # --- what a job can run into -----------------------------------------------------------------
@@ -146,3 +157,7 @@ class SegmentForeignError(SegmentError):
 
 class SegmentShapeError(SegmentError):
     """Layout, dtype or shape differ from what this reader's model needs."""
+
+
+class SegmentPayloadError(SegmentError):
+    """The payload is not an encoding of as many bytes as the tensor needs."""

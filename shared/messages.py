@@ -1,7 +1,7 @@
 """Every message that crosses the wire between services, defined once.
 
-A message is a frozen model; on the wire it is msgpack `[protocol version, type name, fields]`. Token
-ids travel packed, four bytes each. A reader refuses any message it does not know exactly.
+A message is a frozen model; on the wire it is msgpack `[protocol version, type name, fields]`.
+Token ids travel packed, four bytes each. A reader refuses what it does not know exactly.
 """
 
 import struct

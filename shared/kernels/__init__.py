@@ -1,0 +1,1 @@
+"""KDA and MLA kernels: one meaning, in `reference`, and one fast form a device."""

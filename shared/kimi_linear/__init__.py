@@ -1,1 +1,1 @@
-"""The Kimi Linear model: configuration, weights, layers, forward, request state, sampling, tokenizer."""
+"""The Kimi Linear model: configuration, weights, layers, request state, sampling, tokenizer."""

@@ -13,4 +13,4 @@ class KdaSnapshot:
     recurrent: Tensor
     """`[kda_layers, heads, K, V]`, fp32."""
     convolution: Tensor
-    """`[kda_layers, 3 * heads * K, taps]`: last inputs of the q, k and v convolutions, oldest first."""
+    """`[kda_layers, 3 * heads * K, taps]`: last inputs of the convolutions, oldest first."""

@@ -1,4 +1,4 @@
-"""The shape of a request's state, without torch, so that services that hold no tensors can read it."""
+"""The shape of a request's state, without torch: services that hold no tensors read it too."""
 
 from dataclasses import dataclass
 from math import prod
@@ -42,6 +42,16 @@ class StateLayout:
     def convolution_shape(self) -> tuple[int, int, int]:
         """`[kda_layers, 3 * heads * K, taps]`: query, key and value channels, oldest tap first."""
         return (self.kda_layers, self.convolution_channels, self.convolution_taps)
+
+    @property
+    def signature(self) -> str:
+        """Text that two layouts share exactly if one can read the other's states."""
+        recurrent = "x".join(map(str, self.recurrent_shape))
+        convolution = "x".join(map(str, self.convolution_shape))
+        return (
+            f"kda {recurrent} {self.recurrent_dtype}, convolution {convolution} "
+            f"{self.convolution_dtype}, mla {self.mla_layers}x{self.latent_dim} {self.latent_dtype}"
+        )
 
     def latents_shape(self, tokens: int) -> tuple[int, int, int]:
         """`[mla_layers, tokens, latent_dim]`."""

@@ -1,0 +1,298 @@
+"""Loads the published weight files into `weights`, checking every tensor's name and shape."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from shared.errors import CheckpointError
+from shared.kimi_linear.config import KimiLinearConfig, read_json
+from shared.kimi_linear.fingerprint import fingerprint
+from shared.kimi_linear.weights import (
+    DenseWeights,
+    KdaWeights,
+    LayerWeights,
+    MixtureWeights,
+    MlaWeights,
+    ModelWeights,
+)
+
+__all__ = ["fingerprint", "load_weights"]
+
+WEIGHTS_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+FLOAT_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+Shape = tuple[int, ...]
+
+
+def load_weights(
+    directory: str | Path, config: KimiLinearConfig, dtype: torch.dtype
+) -> ModelWeights:
+    """Load a checkpoint, one file or sharded, in fp32, bf16 or fp16.
+
+    Args:
+        directory: holds `model.safetensors`, or `model.safetensors.index.json` and what it names.
+        config: of the same directory.
+        dtype: of the matrices in the result.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, damaged, of another shape than the
+            configuration says, or unknown to the model; names the tensor, its expected and its
+            found shape.
+    """
+    with _Checkpoint(Path(directory), dtype) as checkpoint:
+        weights = _model(checkpoint, config)
+        checkpoint.refuse_unread(_Ignored(config))
+    return weights
+
+
+# --- from names to weights -------------------------------------------------------------------
+
+
+def _model(checkpoint: "_Checkpoint", config: KimiLinearConfig) -> ModelWeights:
+    vocabulary = (config.vocab_size, config.hidden_size)
+    embedding = checkpoint.matrix("model.embed_tokens.weight", vocabulary)
+    tied = config.tie_word_embeddings
+    return ModelWeights(
+        embedding=embedding,
+        layers=tuple(_layer(checkpoint, config, n) for n in range(config.num_hidden_layers)),
+        norm=checkpoint.vector("model.norm.weight", config.hidden_size),
+        head=embedding if tied else checkpoint.matrix("lm_head.weight", vocabulary),
+    )
+
+
+def _layer(checkpoint: "_Checkpoint", config: KimiLinearConfig, layer: int) -> LayerWeights:
+    prefix = f"model.layers.{layer}"
+    hidden = config.hidden_size
+    attention = _kda if config.layer_kinds[layer] == "kda" else _mla
+    return LayerWeights(
+        attention_norm=checkpoint.vector(f"{prefix}.input_layernorm.weight", hidden),
+        attention=attention(checkpoint, config, f"{prefix}.self_attn"),
+        feed_forward_norm=checkpoint.vector(f"{prefix}.post_attention_layernorm.weight", hidden),
+        feed_forward=(
+            _mixture(checkpoint, config, f"{prefix}.block_sparse_moe")
+            if config.is_mixture(layer)
+            else _dense(checkpoint, f"{prefix}.mlp", hidden, config.intermediate_size)
+        ),
+    )
+
+
+def _kda(checkpoint: "_Checkpoint", config: KimiLinearConfig, prefix: str) -> KdaWeights:
+    hidden, linear = config.hidden_size, config.linear_attn_config
+    heads, rank, taps = linear.num_heads, linear.head_dim, linear.short_conv_kernel_size
+    channels = heads * linear.head_dim
+    outputs = {
+        "q_proj": channels,
+        "k_proj": channels,
+        "v_proj": channels,
+        "f_a_proj": rank,
+        "g_a_proj": rank,
+        "b_proj": heads,
+    }
+    convolutions = {f"{prefix}.{name}_conv1d.weight": (channels, taps) for name in "qkv"}
+    return KdaWeights(
+        projections=checkpoint.stacked(
+            {f"{prefix}.{name}.weight": (rows, hidden) for name, rows in outputs.items()}
+        ),
+        convolution=checkpoint.stacked(convolutions).T.contiguous(),
+        decay_up=checkpoint.matrix(f"{prefix}.f_b_proj.weight", (channels, rank)),
+        decay_bias=checkpoint.vector(f"{prefix}.dt_bias", channels),
+        decay_rate=checkpoint.vector(f"{prefix}.A_log", heads).exp(),
+        gate_up=checkpoint.matrix(f"{prefix}.g_b_proj.weight", (channels, rank)),
+        output_norm=checkpoint.vector(f"{prefix}.o_norm.weight", linear.head_dim),
+        output=checkpoint.matrix(f"{prefix}.o_proj.weight", (hidden, channels)),
+    )
+
+
+def _mla(checkpoint: "_Checkpoint", config: KimiLinearConfig, prefix: str) -> MlaWeights:
+    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    key_value_up = checkpoint.matrix(f"{prefix}.kv_b_proj.weight", (heads * (nope + value), rank))
+    return MlaWeights(
+        projections=checkpoint.stacked(
+            {
+                f"{prefix}.q_proj.weight": (heads * (nope + rope), hidden),
+                f"{prefix}.kv_a_proj_with_mqa.weight": (rank + rope, hidden),
+            }
+        ),
+        latent_norm=checkpoint.vector(f"{prefix}.kv_a_layernorm.weight", rank),
+        key_value_up=key_value_up.view(heads, nope + value, rank),
+        output=checkpoint.matrix(f"{prefix}.o_proj.weight", (hidden, heads * value)),
+    )
+
+
+def _dense(checkpoint: "_Checkpoint", prefix: str, hidden: int, width: int) -> DenseWeights:
+    return DenseWeights(
+        gate_and_up=checkpoint.stacked(
+            {
+                f"{prefix}.gate_proj.weight": (width, hidden),
+                f"{prefix}.up_proj.weight": (width, hidden),
+            }
+        ),
+        down=checkpoint.matrix(f"{prefix}.down_proj.weight", (hidden, width)),
+    )
+
+
+def _mixture(checkpoint: "_Checkpoint", config: KimiLinearConfig, prefix: str) -> MixtureWeights:
+    hidden, experts, width = config.hidden_size, config.num_experts, config.moe_intermediate_size
+    names = [f"{prefix}.experts.{expert}" for expert in range(experts)]
+    gate_and_up = checkpoint.stacked(
+        {f"{name}.{part}.weight": (width, hidden) for name in names for part in ("w1", "w3")}
+    )
+    down = checkpoint.stacked({f"{name}.w2.weight": (hidden, width) for name in names})
+    shared = config.num_shared_experts * width
+    return MixtureWeights(
+        router=checkpoint.matrix(f"{prefix}.gate.weight", (experts, hidden), torch.float32),
+        choice_bias=checkpoint.vector(f"{prefix}.gate.e_score_correction_bias", experts),
+        gate_and_up=gate_and_up.view(experts, 2 * width, hidden),
+        down=down.view(experts, hidden, width),
+        shared=_dense(checkpoint, f"{prefix}.shared_experts", hidden, shared) if shared else None,
+    )
+
+
+class _Ignored:
+    """Tensors that a checkpoint may hold and the model has no use for."""
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        self._layers = config.num_hidden_layers
+        self._tied = config.tie_word_embeddings
+
+    def __contains__(self, name: str) -> bool:
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        predicts_further_tokens = layer is not None and int(layer[1]) >= self._layers
+        tied_head = self._tied and name == "lm_head.weight"
+        return predicts_further_tokens or tied_head or name.endswith(".rotary_emb.inv_freq")
+
+
+# --- from files to tensors -------------------------------------------------------------------
+
+
+class _Checkpoint:
+    """The tensors of a directory by name, each read once; singleton dimensions do not matter."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        self._directory = directory
+        self._dtype = dtype
+        self._files: dict[Path, Any] = {}
+        self._unread: dict[str, Path] = {}
+
+    def __enter__(self) -> Self:
+        for path in self._weight_files():
+            self._files[path] = _open(path)
+            self._unread.update(dict.fromkeys(self._files[path].keys(), path))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._files.clear()
+
+    def matrix(self, name: str, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, in the dtype of the checkpoint's matrices unless another is given."""
+        target = torch.empty(shape, dtype=dtype or self._dtype)
+        self._read_into(target, name)
+        return target
+
+    def vector(self, name: str, length: int) -> Tensor:
+        """One tensor of one dimension, in fp32."""
+        return self.matrix(name, (length,), torch.float32)
+
+    def stacked(self, shapes: dict[str, tuple[int, int]]) -> Tensor:
+        """Several matrices with the same number of columns, one below the other."""
+        rows = sum(shape[0] for shape in shapes.values())
+        columns = next(shape[1] for shape in shapes.values())
+        target = torch.empty(rows, columns, dtype=self._dtype)
+        parts = torch.split(target, [shape[0] for shape in shapes.values()])
+        for name, part in zip(shapes, parts, strict=True):
+            self._read_into(part, name)
+        return target
+
+    def refuse_unread(self, ignored: _Ignored) -> None:
+        """Refuse tensors that nothing asked for: the model would compute something else."""
+        unknown = sorted(name for name in self._unread if name not in ignored)
+        if unknown:
+            raise CheckpointError(
+                f"{self._directory}: {len(unknown)} tensors are not part of this architecture, "
+                f"the first is {unknown[0]}"
+            )
+
+    def _weight_files(self) -> Iterable[Path]:
+        single, index = self._directory / WEIGHTS_FILE, self._directory / INDEX_FILE
+        if not index.exists():
+            return [single]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: weight_map is missing, or names no tensor")
+        names = sorted(set(map(str, weight_map.values())))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise CheckpointError(
+                f"{index}: weight_map leads out of the directory, to {outside[0]}"
+            )
+        return [self._directory / name for name in names]
+
+    def _read_into(self, target: Tensor, name: str) -> None:
+        path = self._unread.pop(name, None)
+        expected = tuple(target.shape)
+        if path is None:
+            raise CheckpointError(
+                f"{self._directory}: tensor {name} is missing, expected shape {expected}"
+            )
+        file = self._files[path]
+        found = tuple(file.get_slice(name).get_shape())
+        if _without_singletons(found) != _without_singletons(expected):
+            raise CheckpointError(f"{path}: tensor {name} has shape {found}, expected {expected}")
+        tensor: Tensor = file.get_tensor(name)
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name} is {tensor.dtype}, expected one of "
+                + ", ".join(map(str, FLOAT_DTYPES))
+            )
+        target.copy_(tensor.view(target.shape))
+
+
+def _without_singletons(shape: Shape) -> Shape:
+    return tuple(size for size in shape if size != 1)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except OSError:
+        raise CheckpointError(f"{path} is missing or cannot be read") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {_cut_off_tensor(path) or error}") from None
+
+
+def _cut_off_tensor(path: Path) -> str | None:
+    """Name the first tensor that the file ends before, which the library does not say.
+
+    The format: eight bytes with the length of the header, the header as JSON, the tensors' bytes.
+    """
+    with path.open("rb") as file:
+        header_length = int.from_bytes(file.read(8), "little")
+        header_bytes = file.read(min(header_length, path.stat().st_size))
+    try:
+        header: dict[str, dict[str, Any]] = json.loads(header_bytes)
+    except ValueError:
+        return None
+    present = path.stat().st_size - 8 - header_length
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][1]):
+        start, stop = entry["data_offsets"]
+        if stop > present:
+            return (
+                f"tensor {name} of shape {tuple(entry['shape'])} is cut off, expected "
+                f"{stop - start} bytes, found {max(0, present - start)}"
+            )
+    return None

@@ -1,0 +1,96 @@
+"""The feed-forward part of a layer: dense, or a mixture of experts."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shared.kimi_linear.config import KimiLinearConfig
+from shared.kimi_linear.weights import DenseWeights, MixtureWeights
+
+
+class DenseFeedForward:
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, weights: DenseWeights) -> None:
+        self._weights = weights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[T, hidden]` to `[T, hidden]`."""
+        return gated_linear(x, self._weights.gate_and_up, self._weights.down)
+
+
+class MixtureOfExperts:
+    """The chosen experts' weighted sum, plus the shared experts."""
+
+    def __init__(self, weights: MixtureWeights, config: KimiLinearConfig) -> None:
+        self._weights = weights
+        self._config = config
+        self._shared = None if weights.shared is None else DenseFeedForward(weights.shared)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[T, hidden]` to `[T, hidden]`."""
+        experts, shares = choose_experts(
+            x, self._weights.router, self._weights.choice_bias, self._config
+        )
+        output = self._routed(x, experts, shares).to(x.dtype)
+        return output if self._shared is None else output + self._shared(x)
+
+    def _routed(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
+        """Each expert once, over all the tokens that chose it: `[T, hidden]`, fp32."""
+        order = experts.flatten().argsort(stable=True)
+        tokens = order.div(experts.shape[-1], rounding_mode="floor")
+        shares = shares.flatten()[order].unsqueeze(-1)
+        counts = experts.flatten().bincount(minlength=self._config.num_experts).tolist()
+        output = torch.zeros(x.shape, dtype=torch.float32)
+        stop = 0
+        for expert, count in enumerate(counts):
+            start, stop = stop, stop + count
+            if count:
+                rows = tokens[start:stop]
+                gate_and_up, down = self._weights.gate_and_up[expert], self._weights.down[expert]
+                answer = gated_linear(x[rows], gate_and_up, down)
+                output.index_add_(0, rows, answer.float() * shares[start:stop])
+        return output
+
+
+def gated_linear(x: Tensor, gate_and_up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate x) * up x) for `x` `[T, hidden]`, gate above up `[2 * I, hidden]`."""
+    gate, up = functional.linear(x, gate_and_up).chunk(2, dim=-1)
+    return functional.linear(functional.silu(gate) * up, down)
+
+
+def choose_experts(
+    x: Tensor, router: Tensor, choice_bias: Tensor, config: KimiLinearConfig
+) -> tuple[Tensor, Tensor]:
+    """Choose each token's experts and their shares in the result, in fp32.
+
+    The bias steers the choice only. With groups, experts come from the groups whose two best
+    biased scores have the largest sums.
+
+    Args:
+        x: `[T, hidden]`.
+        router: `[E, hidden]`, fp32.
+        choice_bias: `[E]`, fp32.
+        config: number of experts a token, groups, renormalisation and scale.
+
+    Returns:
+        Experts `[T, k]` (int64) and shares `[T, k]` (fp32).
+    """
+    scores = functional.linear(x.float(), router).sigmoid()
+    biased = scores + choice_bias
+    if config.chooses_groups:
+        biased = _only_best_groups(biased, config.num_expert_group, config.topk_group)
+    experts = biased.topk(config.num_experts_per_token, dim=-1).indices
+    shares = scores.gather(-1, experts)
+    if config.moe_renormalize and config.num_experts_per_token > 1:
+        shares = shares / (shares.sum(dim=-1, keepdim=True) + 1e-20)
+    return experts, shares * config.routed_scaling_factor
+
+
+def _only_best_groups(biased: Tensor, groups: int, kept: int) -> Tensor:
+    """Put the experts of all but the best groups out of the question."""
+    grouped = biased.view(biased.shape[0], groups, -1)
+    group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+    best = group_scores.topk(kept, dim=-1).indices
+    dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, best, value=False)
+    return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)

@@ -1,0 +1,95 @@
+"""The weights of a model as its layers use them: typed, immutable, fused where one product will do.
+
+Matrices are `[outputs, inputs]` in the engine's dtype. What decides rather than transports (norms,
+decays, the router) is fp32.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KdaWeights:
+    """One KDA layer with H heads of K channels."""
+
+    projections: Tensor
+    """`[3 * H * K + 2 * K + H, hidden]`: q, k, v, then f_a and g_a (low rank), then b (beta)."""
+    convolution: Tensor
+    """`[taps + 1, 3 * H * K]`: oldest tap first; q, k and v channels."""
+    decay_up: Tensor
+    """f_b, `[H * K, K]`."""
+    decay_bias: Tensor
+    """dt_bias, `[H * K]`, fp32."""
+    decay_rate: Tensor
+    """exp(A_log), `[H]`, fp32."""
+    gate_up: Tensor
+    """g_b, `[H * K, K]`."""
+    output_norm: Tensor
+    """`[K]`, fp32."""
+    output: Tensor
+    """`[hidden, H * K]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class MlaWeights:
+    """One MLA layer with H heads, N + P channels a key, V a value, and latents of R + P."""
+
+    projections: Tensor
+    """`[H * (N + P) + R + P, hidden]`: queries, then c_kv and k_pe."""
+    latent_norm: Tensor
+    """`[R]`, fp32."""
+    key_value_up: Tensor
+    """kv_b, `[H, N + V, R]`."""
+    output: Tensor
+    """`[hidden, H * V]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeights:
+    """One gated feed-forward part of width I."""
+
+    gate_and_up: Tensor
+    """`[2 * I, hidden]`."""
+    down: Tensor
+    """`[hidden, I]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureWeights:
+    """E experts of width I, their router, and the shared experts as one dense part."""
+
+    router: Tensor
+    """`[E, hidden]`, fp32."""
+    choice_bias: Tensor
+    """e_score_correction_bias, `[E]`, fp32."""
+    gate_and_up: Tensor
+    """w1 and w3, `[E, 2 * I, hidden]`."""
+    down: Tensor
+    """w2, `[E, hidden, I]`."""
+    shared: DenseWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer."""
+
+    attention_norm: Tensor
+    """`[hidden]`, fp32."""
+    attention: KdaWeights | MlaWeights
+    feed_forward_norm: Tensor
+    """`[hidden]`, fp32."""
+    feed_forward: DenseWeights | MixtureWeights
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """The whole model."""
+
+    embedding: Tensor
+    """`[vocabulary, hidden]`."""
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    """`[hidden]`, fp32."""
+    head: Tensor
+    """`[vocabulary, hidden]`; the embedding itself when they are tied."""

@@ -1,0 +1,92 @@
+"""Experts are chosen and weighed as a plain loop over tokens does it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shared.kimi_linear.config import KimiLinearConfig
+from shared.kimi_linear.feed_forward import MixtureOfExperts, choose_experts
+from shared.kimi_linear.weights import DenseWeights, MixtureWeights
+
+HIDDEN, EXPERTS, WIDTH, TOKENS = 24, 16, 8, 40
+
+
+def choose_plainly(
+    x: Tensor, router: Tensor, bias: Tensor, config: KimiLinearConfig
+) -> dict[int, float]:
+    """One token's experts and their shares."""
+    scores = torch.sigmoid(router @ x).tolist()
+    biased = [score + b for score, b in zip(scores, bias.tolist(), strict=True)]
+    size = EXPERTS // config.num_expert_group
+    groups = [range(start, start + size) for start in range(0, EXPERTS, size)]
+    if config.use_grouped_topk and config.num_expert_group > 1:
+        groups.sort(key=lambda group: -sum(sorted(biased[e] for e in group)[-2:]))
+        groups = groups[: config.topk_group]
+    eligible = sorted((e for group in groups for e in group), key=lambda e: -biased[e])
+    chosen = eligible[: config.num_experts_per_token]
+    total = sum(scores[e] for e in chosen) if config.moe_renormalize and len(chosen) > 1 else 1.0
+    return {e: config.routed_scaling_factor * scores[e] / total for e in chosen}
+
+
+@pytest.fixture(
+    params=[
+        {"num_expert_group": 1, "topk_group": 1},
+        {"num_expert_group": 4, "topk_group": 2},
+        {"num_expert_group": 8, "topk_group": 3},
+        {"num_expert_group": 4, "topk_group": 4},
+        {"num_expert_group": 4, "topk_group": 1, "use_grouped_topk": False},
+        {"num_expert_group": 4, "topk_group": 2, "moe_renormalize": False},
+        {"num_experts_per_token": 1, "moe_renormalize": True},
+    ],
+    ids=str,
+)
+def config(request: pytest.FixtureRequest, reference_directory: Path) -> KimiLinearConfig:
+    sizes = {"num_experts": EXPERTS, "num_experts_per_token": 4, "hidden_size": HIDDEN}
+    return KimiLinearConfig.from_directory(reference_directory).model_copy(
+        update={**sizes, **request.param}
+    )
+
+
+@pytest.mark.parametrize("bias_scale", [0.0, 0.3, 3.0])
+def test_choice_and_shares_are_those_of_a_plain_loop(
+    config: KimiLinearConfig, bias_scale: float
+) -> None:
+    x, router = torch.randn(TOKENS, HIDDEN), torch.randn(EXPERTS, HIDDEN) / HIDDEN**0.5
+    bias = bias_scale * torch.randn(EXPERTS) - bias_scale
+    experts, shares = choose_experts(x, router, bias, config)
+    for token in range(TOKENS):
+        expected = choose_plainly(x[token], router, bias, config)
+        found = dict(zip(experts[token].tolist(), shares[token].tolist(), strict=True))
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_mixture_is_the_weighted_sum_of_the_chosen_experts(
+    config: KimiLinearConfig, shared: bool
+) -> None:
+    dense = DenseWeights(torch.randn(2 * WIDTH, HIDDEN), torch.randn(HIDDEN, WIDTH))
+    weights = MixtureWeights(
+        router=torch.randn(EXPERTS, HIDDEN),
+        choice_bias=torch.randn(EXPERTS),
+        gate_and_up=torch.randn(EXPERTS, 2 * WIDTH, HIDDEN),
+        down=torch.randn(EXPERTS, HIDDEN, WIDTH),
+        shared=dense if shared else None,
+    )
+
+    def answer(x: Tensor, gate_and_up: Tensor, down: Tensor) -> Tensor:
+        gate, up = (gate_and_up @ x).chunk(2)
+        return down @ (functional.silu(gate) * up)
+
+    x = torch.randn(TOKENS, HIDDEN)
+    output = MixtureOfExperts(weights, config)(x)
+    for token in range(TOKENS):
+        expected = answer(x[token], dense.gate_and_up, dense.down) if shared else torch.zeros(1)
+        chosen = choose_plainly(x[token], weights.router, weights.choice_bias, config)
+        for expert, share in chosen.items():
+            expected = expected + share * answer(
+                x[token], weights.gate_and_up[expert], weights.down[expert]
+            )
+        torch.testing.assert_close(output[token], expected, rtol=1e-4, atol=1e-3)
