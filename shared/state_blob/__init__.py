@@ -1,0 +1,1 @@
+"""State segments: tensors to bytes and back, refused when anything is not as expected."""
