@@ -1,0 +1,1 @@
+"""Decisions as pure functions: the gateway, the planner and the simulator all call these."""

@@ -1,0 +1,1 @@
+"""Everything kept in Redis: job queues, token streams, published states. Knows redis, no torch."""

@@ -1,0 +1,55 @@
+"""How every service runs as a process: its event loop, its name, and the signals that end it."""
+
+import asyncio
+import errno
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, NoReturn
+
+import uvloop
+
+from shared.errors import CheckpointError
+
+_ADDRESS_ERRORS: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
+
+
+def new_identity(service: str) -> str:
+    """A name that no other process has or had."""
+    return f"{service}-{secrets.token_hex(6)}"
+
+
+def run_service(program: str, main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    """Run a service until SIGTERM or SIGINT; the second signal ends it at once.
+
+    A service that cannot start because of its settings or files ends with status 2, as for a wrong
+    flag: starting it again would not help.
+    """
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_until_signal(main))
+    except CheckpointError as error:
+        _refuse_to_start(program, error)
+    except OSError as error:
+        if error.errno not in _ADDRESS_ERRORS:
+            raise
+        _refuse_to_start(program, error)
+
+
+def _refuse_to_start(program: str, error: Exception) -> NoReturn:
+    print(f"{program}: {error}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)
+
+
+async def _until_signal(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        stop.set()
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    await main(stop)

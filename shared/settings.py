@@ -1,0 +1,206 @@
+"""Every setting of every service, in one typed place.
+
+A flag wins over a `PRFAAS_*` variable, and that over the default.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.kimi_linear.state_layout import DTypeName
+
+ENV_PREFIX = "PRFAAS_"
+
+Seconds = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, lt=65536)]
+
+
+class Settings(BaseSettings):
+    """What every process can be told."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    log_format: Literal["console", "json"] = Field("console", description="how to write logs")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe level that is logged"
+    )
+
+
+class ServiceSettings(Settings):
+    """What every service can be told."""
+
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        repr=False,
+        description="Redis or Valkey of this service's own region",
+    )
+
+
+class GatewaySettings(ServiceSettings):
+    """The HTTP front of a serving region."""
+
+    prefill_redis_url: str | None = Field(
+        None, repr=False, description="Redis of the prefill region; its own region's if unset"
+    )
+    model: Path = Field(description="checkpoint directory: configuration and tokenizer are read")
+    served_model_name: str | None = Field(
+        None, description="name of the model in the API; the directory's name if unset"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Port = Field(8000, description="port to listen on; 0 takes a free one")
+    max_backlog: int = Field(
+        256, ge=1, description="jobs queued or running before requests are answered 429"
+    )
+    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="largest request body in bytes")
+    request_timeout: Seconds = Field(
+        600, le=3600, description="seconds a request may take in all, waiting included"
+    )
+    ping_interval: Seconds = Field(
+        10, description="seconds of silence after which a stream is sent a comment"
+    )
+    drain_timeout: Seconds = Field(30, description="seconds that requests may go on at shutdown")
+
+
+class WorkerSettings(ServiceSettings):
+    """What prefill and decode workers have in common."""
+
+    model: Path = Field(description="checkpoint directory")
+    dtype: DTypeName = Field("float32", description="dtype of weights, activations and latents")
+    threads: int = Field(
+        0, ge=0, description="threads of one computation; 0 takes one for each processor"
+    )
+    max_attempts: int = Field(
+        3, ge=1, description="deliveries of a job after which it is quarantined"
+    )
+    heartbeat_interval: Seconds = Field(1, description="seconds between signs of life")
+    heartbeat_ttl: Seconds = Field(
+        8, description="seconds without a sign of life after which a worker's jobs are taken over"
+    )
+    drain_timeout: Seconds = Field(30, description="seconds that jobs may go on at shutdown")
+    health_host: str = Field("127.0.0.1", description="address of the health and metrics endpoints")
+    health_port: Port = Field(0, description="port of those endpoints; 0 takes a free one")
+
+
+class PrefillWorkerSettings(WorkerSettings):
+    """A worker that computes states in the prefill region."""
+
+    chunk_tokens: int = Field(
+        512, ge=1, le=65536, description="tokens prefilled and published at a time"
+    )
+    codec: Literal["zstd", "raw"] = Field("zstd", description="coding of published segments")
+    state_lease: Seconds = Field(
+        60, description="seconds a state is kept for while no decode worker holds it"
+    )
+
+
+class DecodeWorkerSettings(WorkerSettings):
+    """A worker that generates tokens in the serving region."""
+
+    prefill_redis_url: str | None = Field(
+        None, repr=False, description="Redis of the prefill region; its own region's if unset"
+    )
+    slots: int = Field(16, ge=1, le=1024, description="requests decoded in one batch")
+    waiting: int = Field(
+        32, ge=0, le=4096, description="further requests held while their prefill is under way"
+    )
+    stall_timeout: Seconds = Field(
+        30, description="seconds without progress of a prefill before it is computed again"
+    )
+    max_recomputes: int = Field(
+        2, ge=0, description="times a lost or damaged state is computed again"
+    )
+    state_lease: Seconds = Field(60, description="seconds for which a state in use is kept")
+
+
+class KvStoreSettings(ServiceSettings):
+    """The control plane of the states kept in one region's Redis."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Port = Field(8001, description="port to listen on; 0 takes a free one")
+    sweep_interval: Seconds = Field(1, description="seconds between sweeps for expired leases")
+
+
+class UpSettings(Settings):
+    """A whole system on one machine: both regions share one Redis."""
+
+    redis_url: str | None = Field(
+        None, repr=False, description="Redis or Valkey to use; an embedded Valkey if unset"
+    )
+    model: Path | None = Field(
+        None, description="checkpoint directory; a tiny model of random weights if unset"
+    )
+    host: str = Field("127.0.0.1", description="address the gateway listens on")
+    port: Port = Field(8000, description="port the gateway listens on; 0 takes a free one")
+    prefill_workers: int = Field(1, ge=1, le=64, description="prefill workers to run")
+    decode_workers: int = Field(1, ge=1, le=64, description="decode workers to run")
+    dtype: DTypeName = Field("float32", description="dtype of weights, activations and latents")
+    threads: int = Field(
+        0, ge=0, description="threads of one computation; 0 takes one for each processor"
+    )
+    ready_timeout: Seconds = Field(120, description="seconds the system may take to be ready")
+    drain_timeout: Seconds = Field(30, description="seconds that requests may go on at shutdown")
+
+
+SERVICE_SETTINGS: tuple[type[Settings], ...] = (
+    GatewaySettings,
+    PrefillWorkerSettings,
+    DecodeWorkerSettings,
+    KvStoreSettings,
+    UpSettings,
+)
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def load_settings(
+    settings_type: type[SettingsT], program: str, arguments: list[str] | None = None
+) -> SettingsT:
+    """Build a service's settings from its command line, the environment and the defaults.
+
+    A wrong, missing or unknown setting ends the process with status 2 and one line that names it.
+    """
+    unknown = unknown_variables(os.environ)
+    if unknown:
+        sys.exit(f"{program}: unknown environment variable {', '.join(unknown)}")
+    options: dict[str, Any] = {
+        "_cli_parse_args": sys.argv[1:] if arguments is None else arguments,
+        "_cli_prog_name": program,
+    }
+    try:
+        return settings_type(**options)
+    except ValidationError as error:
+        print(f"{program}: {_first_error(error)}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+
+
+def unknown_variables(environment: "os._Environ[str] | dict[str, str]") -> list[str]:
+    """Names of `PRFAAS_*` variables that are no setting of any service."""
+    known = {
+        ENV_PREFIX + field.upper()
+        for settings_type in SERVICE_SETTINGS
+        for field in settings_type.model_fields
+    }
+    return sorted(
+        name
+        for name in environment
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known
+    )
+
+
+def _first_error(error: ValidationError) -> str:
+    # The input is left out: it may be a URL with a password.
+    first = error.errors(include_input=False, include_url=False)[0]
+    name = "-".join(map(str, first["loc"])).replace("_", "-")
+    return f"--{name}: {first['msg']}"

@@ -1,0 +1,220 @@
+"""Published states in a region's Redis: segments, what announces them, and the lease they live by.
+
+A prefill attempt writes each segment under a name of its own and then announces it, which Redis
+allows to the latest attempt only. Whoever needs a state holds its lease; when no one renews it, the
+kv_store service deletes the state. The time to live of every key is a backstop below that.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
+
+from shared.errors import (
+    CancelledJobError,
+    MessageError,
+    StateLostError,
+    StateStoreFullError,
+    SupersededError,
+)
+from shared.messages import (
+    PrefillDone,
+    PrefillEvent,
+    PrefillFailed,
+    PrefillStarted,
+    SegmentDescriptor,
+    SegmentReady,
+    decode,
+    encode,
+)
+from shared.streams import keys
+from shared.streams.connection import BLOCK_MILLISECONDS, entries_of
+from shared.streams.scripts import run_script
+
+STATE_MILLISECONDS: Final = 2 * 3600 * 1000
+"""Time to live of a state's keys, for a region whose kv_store service does not run."""
+
+_SLICE_BYTES: Final = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class StateAccount:
+    """What the published states of a region weigh."""
+
+    states: int
+    segments: int
+    segment_bytes: int
+
+
+class StateStore:
+    """One region's store, seen by its writers, its readers and its kv_store service."""
+
+    def __init__(self, redis: Redis, queue: str) -> None:
+        self._redis = redis
+        self._queue = queue
+
+    # --- the prefill worker ----------------------------------------------------------------
+
+    async def announce(self, request_id: str, epoch: int, event: PrefillEvent) -> None:
+        """Tell the readers what the attempt has done.
+
+        Raises:
+            SupersededError: a later attempt has begun.
+            CancelledJobError: the request was cancelled or has ended.
+        """
+        verdict = await run_script(
+            self._redis,
+            "announce",
+            [keys.job_record(self._queue, request_id), keys.prefill_events(request_id)],
+            epoch,
+            encode(event),
+            STATE_MILLISECONDS,
+        )
+        if verdict == b"superseded":
+            raise SupersededError("another attempt prefills the request now")
+        if verdict != b"ok":
+            raise CancelledJobError(f"the request is {verdict.decode()}")
+
+    async def publish(
+        self, request_id: str, epoch: int, segment: SegmentDescriptor, data: bytes
+    ) -> None:
+        """Write a segment, then announce it; a segment that may not be announced is deleted.
+
+        Raises:
+            StateStoreFullError: Redis has no memory left for it.
+            SupersededError, CancelledJobError: as `announce`.
+        """
+        index = keys.state_segments(request_id)
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.hset(index, segment.key, len(data))
+        pipeline.pexpire(index, STATE_MILLISECONDS)
+        pipeline.set(segment.key, data, px=STATE_MILLISECONDS)
+        try:
+            await pipeline.execute()
+            await self.announce(request_id, epoch, SegmentReady(epoch=epoch, segment=segment))
+        except OutOfMemoryError:
+            raise StateStoreFullError("the KV store has no memory left for a segment") from None
+        except (SupersededError, CancelledJobError):
+            await self._redis.unlink(segment.key)
+            await self._redis.hdel(index, segment.key)
+            raise
+
+    async def fail(self, request_id: str, reason: str) -> None:
+        """Tell the readers that there will be no state."""
+        events = keys.prefill_events(request_id)
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.xadd(events, {"event": encode(PrefillFailed(reason=reason))})
+        pipeline.pexpire(events, STATE_MILLISECONDS)
+        await pipeline.execute()
+
+    # --- the decode worker -----------------------------------------------------------------
+
+    def events(self, request_id: str) -> "PrefillEvents":
+        """What the prefill of a request announces, from its beginning."""
+        return PrefillEvents(self._redis, request_id)
+
+    async def fetch(self, segment: SegmentDescriptor) -> bytearray:
+        """Pull a segment, in slices, each of which has the time limit of one command.
+
+        Raises:
+            StateLostError: it is gone, or not of the announced size.
+        """
+        size = await self._redis.strlen(segment.key)
+        if size != segment.wire_bytes:
+            raise StateLostError(f"segment has {size} bytes, {segment.wire_bytes} were announced")
+        data = bytearray()
+        while len(data) < size:
+            stop = min(len(data) + _SLICE_BYTES, size)
+            part: Any = await self._redis.getrange(segment.key, len(data), stop - 1)
+            if len(data) + len(part) != stop:
+                raise StateLostError("segment is gone")
+            data += part
+        return data
+
+    # --- leases ----------------------------------------------------------------------------
+
+    async def open_lease(self, request_id: str, seconds: float) -> None:
+        """Keep a state, also one that does not exist yet, for some time."""
+        await self._renew([request_id], seconds, may_be_new=True)
+
+    async def renew_leases(self, request_ids: Sequence[str], seconds: float) -> list[str]:
+        """Keep states for longer; gives those whose lease has run out before."""
+        return await self._renew(request_ids, seconds, may_be_new=False)
+
+    async def _renew(
+        self, request_ids: Sequence[str], seconds: float, *, may_be_new: bool
+    ) -> list[str]:
+        gone = await run_script(
+            self._redis,
+            "renew_lease",
+            [keys.STATE_LEASES],
+            int(seconds * 1000),
+            int(may_be_new),
+            *request_ids,
+        )
+        return [request_id.decode() for request_id in gone]
+
+    async def release(self, request_id: str) -> int:
+        """Delete a state that nobody needs any more; gives the number of its segments."""
+        await self._redis.zrem(keys.STATE_LEASES, request_id)
+        index = keys.state_segments(request_id)
+        segments = await self._redis.hkeys(index)
+        await self._redis.unlink(index, keys.prefill_events(request_id), *segments)
+        return len(segments)
+
+    # --- the kv_store service --------------------------------------------------------------
+
+    async def expire(self, most: int) -> list[str]:
+        """Delete up to `most` states whose lease has run out; gives their requests."""
+        expired = await run_script(self._redis, "expire_leases", [keys.STATE_LEASES], most)
+        request_ids = [request_id.decode() for request_id in expired]
+        for request_id in request_ids:
+            await self.release(request_id)
+        return request_ids
+
+    async def account(self) -> StateAccount:
+        """Count the leased states, their segments and bytes."""
+        request_ids: Any = await self._redis.zrange(keys.STATE_LEASES, 0, -1)
+        pipeline = self._redis.pipeline(transaction=False)
+        for request_id in request_ids:
+            pipeline.hvals(keys.state_segments(request_id.decode()))
+        sizes = await pipeline.execute()
+        return StateAccount(
+            states=len(request_ids),
+            segments=sum(len(of_one) for of_one in sizes),
+            segment_bytes=sum(int(size) for of_one in sizes for size in of_one),
+        )
+
+
+class PrefillEvents:
+    """The announcements of one request's prefill, in their order."""
+
+    def __init__(self, redis: Redis, request_id: str) -> None:
+        self._redis = redis
+        self._stream = keys.prefill_events(request_id)
+        self._last = "0-0"
+
+    async def read(self) -> list[PrefillEvent]:
+        """Wait a short while for the next announcements.
+
+        Raises:
+            StateLostError: an announcement is not one.
+        """
+        answer = await self._redis.xread(
+            {self._stream: self._last}, count=64, block=BLOCK_MILLISECONDS
+        )
+        events: list[PrefillEvent] = []
+        for entry, fields in entries_of(answer):
+            self._last = entry
+            events.append(_read_event(fields.get(b"event", b"")))
+        return events
+
+
+def _read_event(data: bytes) -> PrefillEvent:
+    try:
+        event = decode(data, PrefillStarted, SegmentReady, PrefillDone, PrefillFailed)
+    except MessageError as error:
+        raise StateLostError(f"announcement refused: {error}") from None
+    return cast("PrefillEvent", event)

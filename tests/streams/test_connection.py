@@ -1,0 +1,72 @@
+"""Every wait for Redis ends: by an answer, by its time limit, or by cancellation."""
+
+import asyncio
+import random
+
+import pytest
+from redis.asyncio import Redis
+
+from shared.streams import connection
+from shared.streams.connection import PASSING_ERRORS, connect, repeat, without_password
+from tests.polling import eventually
+
+pytestmark = pytest.mark.asyncio
+
+
+async def test_a_cancellation_is_never_lost_in_a_command(redis: Redis) -> None:
+    async def ask_for_ever() -> None:
+        while True:
+            await redis.ping()
+            await redis.pipeline(transaction=False).get("key").execute()
+
+    pauses = random.Random(7)
+    for _ in range(300):
+        task = asyncio.create_task(ask_for_ever())
+        await asyncio.sleep(pauses.random() * 0.003)  # any moment of the exchange
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=2)
+        assert done, "the task went on after it was cancelled"
+
+
+async def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_COMMAND_SECONDS", 0.05)
+
+    async def say_nothing(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with connect(f"redis://127.0.0.1:{port}") as client:
+            with pytest.raises(PASSING_ERRORS):
+                await client.ping()
+            with pytest.raises(PASSING_ERRORS):
+                await client.pipeline(transaction=False).get("key").execute()
+
+
+async def test_a_step_is_repeated_across_outages_and_ends_by_cancellation() -> None:
+    calls = 0
+
+    async def step() -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            raise OSError("away")
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(repeat(step, "test"))
+    await eventually(lambda: calls == 3)
+    task.cancel()
+    await asyncio.wait([task], timeout=1)
+    assert task.cancelled()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:secret@host:6379/0", "redis://:***@host:6379/0"),
+        ("rediss://user:secret@host/0", "rediss://user:***@host/0"),
+        ("redis://host:6379/0", "redis://host:6379/0"),
+    ],
+)
+async def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
+    assert without_password(url) == shown
