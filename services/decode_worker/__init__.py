@@ -1,0 +1,1 @@
+"""Restores published states and generates tokens in a continuous batch."""

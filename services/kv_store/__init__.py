@@ -1,0 +1,1 @@
+"""Control plane of a region's states: leases, orphans, accounting."""

@@ -1,0 +1,1 @@
+"""Computes the state of prompts and publishes it while it is being computed."""
