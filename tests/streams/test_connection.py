@@ -13,11 +13,17 @@ from tests.polling import eventually
 pytestmark = pytest.mark.asyncio
 
 
+async def pipelined(client: Redis) -> None:
+    pipeline = client.pipeline(transaction=False)
+    pipeline.get("key")
+    await pipeline.execute()
+
+
 async def test_a_cancellation_is_never_lost_in_a_command(redis: Redis) -> None:
     async def ask_for_ever() -> None:
         while True:
             await redis.ping()
-            await redis.pipeline(transaction=False).get("key").execute()
+            await pipelined(redis)
 
     pauses = random.Random(7)
     for _ in range(300):
@@ -40,7 +46,7 @@ async def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.Monke
             with pytest.raises(PASSING_ERRORS):
                 await client.ping()
             with pytest.raises(PASSING_ERRORS):
-                await client.pipeline(transaction=False).get("key").execute()
+                await pipelined(client)
 
 
 async def test_a_step_is_repeated_across_outages_and_ends_by_cancellation() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from shared.job_state import TRANSITIONS, JobState
-from shared.streams.connection import connect
+from shared.streams.connection import connect, entries_of
 from shared.streams.job_queue import Attempt, Delivery, JobQueue, read_job
 from tests.streams.conftest import make_job, registration
 
@@ -51,16 +51,15 @@ class Life:
             await self.take(step, self.workers[name])
             await self.check()
 
-    async def take(self, step: str, worker: Worker) -> None:  # noqa: C901, PLR0912 - one case a step
+    async def take(self, step: str, worker: Worker) -> None:  # noqa: C901 - one case a step
         match step:
             case "fetch" if worker.delivery is None:
                 # Only what is there at once: a wait in vain would say nothing.
                 answer = await self.redis.xreadgroup(
                     "workers", worker.queue._worker, {"prfaas:decode:jobs": ">"}, count=1
                 )
-                for _, entries in answer:
-                    for entry, fields in entries:
-                        worker.delivery = Delivery(entry.decode(), fields[b"job"], 1)
+                for entry, fields in entries_of(answer):
+                    worker.delivery = Delivery(entry, fields[b"job"], 1)
             case "claim" if worker.delivery is None:
                 await worker.queue.register(registration(worker.queue._worker), 60)
                 worker.delivery = next(iter(await worker.queue.claim_abandoned([], 1)), None)

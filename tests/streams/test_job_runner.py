@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,10 @@ class RecordingHandler:
 
 async def at_once(_: Attempt) -> None:
     """Work that takes no time."""
+
+
+def has_begun(handler: RecordingHandler, attempts: int) -> bool:
+    return len(handler.begun) >= attempts
 
 
 async def for_ever(_: Attempt) -> None:
@@ -113,11 +118,12 @@ async def test_a_job_longer_than_a_workers_sign_of_life_runs_once(redis: Redis) 
     ):
         await queue.enqueue(make_job(), 10)
         await eventually(lambda: any(handler.begun for handler in handlers))
+
         async def idle_for_three_signs_of_life() -> bool:
             (entry,) = await redis.xpending_range(
                 keys.job_stream("decode"), keys.GROUP, "-", "+", 1
             )
-            return bool(entry["time_since_delivered"] > 1200)
+            return int(entry["time_since_delivered"]) > 1200
 
         await eventually(idle_for_three_signs_of_life)
         enough.set()
@@ -180,7 +186,7 @@ async def test_a_job_that_kills_its_workers_is_quarantined_by_redis_own_count(
     for number in range(3):
         victim = RecordingHandler(for_ever)
         async with running(redis, victim, f"victim{number}", heartbeat_ttl=0.3) as task:
-            await eventually(lambda victim=victim: bool(victim.begun))
+            await eventually(partial(has_begun, victim, 1))
             task.cancel()
             await eventually(task.done)
     handler = RecordingHandler(at_once)
@@ -274,8 +280,7 @@ async def test_a_job_too_long_for_the_drain_goes_to_another_worker_uncounted(
         async with running(redis, leaving, "leaving", drain_timeout=0.05):
             if not leaving.begun:
                 await queue.enqueue(make_job(), 10)
-            seen = len(leaving.begun)
-            await eventually(lambda seen=seen: len(leaving.begun) > seen)
+            await eventually(partial(has_begun, leaving, len(leaving.begun) + 1))
     async with running(redis, heir, "heir"):
         await eventually(lambda: bool(heir.endings))
     assert heir.begun == [("r1", 5)]
