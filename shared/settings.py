@@ -147,7 +147,7 @@ class UpSettings(Settings):
     decode_workers: int = Field(1, ge=1, le=64, description="decode workers to run")
     dtype: DTypeName = Field("float32", description="dtype of weights, activations and latents")
     threads: int = Field(
-        0, ge=0, description="threads of one computation; 0 takes one for each processor"
+        0, ge=0, description="threads of each worker; 0 shares the processors among the workers"
     )
     ready_timeout: Seconds = Field(120, description="seconds the system may take to be ready")
     drain_timeout: Seconds = Field(30, description="seconds that requests may go on at shutdown")

@@ -1,0 +1,1 @@
+"""The prfaas command: starts a whole system, talks to one, makes checkpoints."""

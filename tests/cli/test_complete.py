@@ -153,6 +153,17 @@ async def test_a_failure_midway_is_told_after_the_text_before_it(
     assert capsys.readouterr().out == "one \n"
 
 
+async def test_a_server_that_dies_midway_broke_the_stream_off() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await streaming(WHOLE[0])(request)
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    with pytest.raises(CommandError, match="broke off"):
+        await complete(answer)
+
+
 async def test_nobody_at_the_address_is_one_clear_line() -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(CommandError, match="nothing answers at http") as raised:
