@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn
 import uvloop
 
 from shared.errors import CheckpointError
+from shared.settings import SettingsT, load_settings
 
 _ADDRESS_ERRORS: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
 
@@ -20,15 +21,22 @@ def new_identity(service: str) -> str:
     return f"{service}-{secrets.token_hex(6)}"
 
 
-def run_service(program: str, main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+def run_service(
+    program: str,
+    settings_type: type[SettingsT],
+    serve: Callable[[SettingsT, asyncio.Event], Coroutine[Any, Any, None]],
+) -> None:
     """Run a service until SIGTERM or SIGINT; the second signal ends it at once.
+
+    `serve` is given the settings and an event that is set when it has to come to its end.
 
     A service that cannot start because of its settings or files ends with status 2, as for a wrong
     flag: starting it again would not help.
     """
+    settings = load_settings(settings_type, program)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_until_signal(main))
+            runner.run(_until_signal(settings, serve))
     except CheckpointError as error:
         _refuse_to_start(program, error)
     except OSError as error:
@@ -42,7 +50,9 @@ def _refuse_to_start(program: str, error: Exception) -> NoReturn:
     sys.exit(2)
 
 
-async def _until_signal(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+async def _until_signal(
+    settings: SettingsT, serve: Callable[[SettingsT, asyncio.Event], Coroutine[Any, Any, None]]
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -52,4 +62,4 @@ async def _until_signal(main: Callable[[asyncio.Event], Coroutine[Any, Any, None
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    await main(stop)
+    await serve(settings, stop)

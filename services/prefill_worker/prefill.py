@@ -6,7 +6,6 @@ The prompt ends in a manifest with the first token, which is all a prefill worke
 import asyncio
 from time import monotonic
 
-from shared.kimi_linear.sampling import sample
 from torch import Tensor
 
 from services.prefill_worker.metrics import PrefillMetrics
@@ -15,6 +14,7 @@ from shared.compute_thread import ComputeThread
 from shared.job_state import JobState
 from shared.kimi_linear.engine import Engine
 from shared.kimi_linear.request_state import RequestState
+from shared.kimi_linear.sampling import sample
 from shared.messages import Job, Manifest, PrefillDone, PrefillStarted, Token
 from shared.settings import PrefillWorkerSettings
 from shared.streams.job_queue import Attempt
