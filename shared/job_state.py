@@ -31,7 +31,8 @@ TRANSITIONS: Final[dict[JobState, frozenset[JobState]]] = {
     ),
     # A state that was lost after it was published is asked for again.
     JobState.DONE: frozenset({JobState.QUEUED}),
-    JobState.FAILED: frozenset(),
+    # The client is told of the failure first, then the job is kept for whoever looks into it.
+    JobState.FAILED: frozenset({JobState.DEAD}),
     JobState.CANCELLED: frozenset(),
     JobState.DEAD: frozenset(),
 }

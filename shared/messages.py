@@ -135,6 +135,7 @@ class PrefillDone(Message):
 class PrefillFailed(Message):
     """The prefill ended for good without a state."""
 
+    epoch: Epoch
     reason: str
 
 

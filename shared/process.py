@@ -4,6 +4,7 @@ import asyncio
 import errno
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, NoReturn
@@ -37,7 +38,7 @@ def run_service(
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_until_signal(settings, serve))
-    except CheckpointError as error:
+    except (CheckpointError, socket.gaierror) as error:
         _refuse_to_start(program, error)
     except OSError as error:
         if error.errno not in _ADDRESS_ERRORS:

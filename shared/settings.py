@@ -8,14 +8,26 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from redis.asyncio.connection import parse_url
 
 from shared.kimi_linear.state_layout import DTypeName
 
 ENV_PREFIX = "PRFAAS_"
 
 Seconds = Annotated[float, Field(gt=0)]
+
+
+def _check_redis_url(url: str) -> str:
+    try:
+        parse_url(url)
+    except ValueError:
+        raise ValueError("is not a redis://, rediss:// or unix:// URL") from None
+    return url
+
+
+RedisUrl = Annotated[str, AfterValidator(_check_redis_url)]
 Port = Annotated[int, Field(ge=0, lt=65536)]
 
 
@@ -41,7 +53,7 @@ class Settings(BaseSettings):
 class ServiceSettings(Settings):
     """What every service can be told."""
 
-    redis_url: str = Field(
+    redis_url: RedisUrl = Field(
         "redis://127.0.0.1:6379/0",
         repr=False,
         description="Redis or Valkey of this service's own region",
@@ -51,7 +63,7 @@ class ServiceSettings(Settings):
 class GatewaySettings(ServiceSettings):
     """The HTTP front of a serving region."""
 
-    prefill_redis_url: str | None = Field(
+    prefill_redis_url: RedisUrl | None = Field(
         None, repr=False, description="Redis of the prefill region; its own region's if unset"
     )
     model: Path = Field(description="checkpoint directory: configuration and tokenizer are read")
@@ -101,14 +113,14 @@ class PrefillWorkerSettings(WorkerSettings):
     )
     codec: Literal["zstd", "raw"] = Field("zstd", description="coding of published segments")
     state_lease: Seconds = Field(
-        60, description="seconds a state is kept for while no decode worker holds it"
+        300, description="seconds a state is kept for while no decode worker holds it"
     )
 
 
 class DecodeWorkerSettings(WorkerSettings):
     """A worker that generates tokens in the serving region."""
 
-    prefill_redis_url: str | None = Field(
+    prefill_redis_url: RedisUrl | None = Field(
         None, repr=False, description="Redis of the prefill region; its own region's if unset"
     )
     slots: int = Field(16, ge=1, le=1024, description="requests decoded in one batch")
@@ -116,7 +128,7 @@ class DecodeWorkerSettings(WorkerSettings):
         32, ge=0, le=4096, description="further requests held while their prefill is under way"
     )
     stall_timeout: Seconds = Field(
-        30, description="seconds without progress of a prefill before it is computed again"
+        30, description="seconds that a prefill without a live worker, or its region, may be silent"
     )
     max_recomputes: int = Field(
         2, ge=0, description="times a lost or damaged state is computed again"
@@ -135,7 +147,7 @@ class KvStoreSettings(ServiceSettings):
 class UpSettings(Settings):
     """A whole system on one machine: both regions share one Redis."""
 
-    redis_url: str | None = Field(
+    redis_url: RedisUrl | None = Field(
         None, repr=False, description="Redis or Valkey to use; an embedded Valkey if unset"
     )
     model: Path | None = Field(

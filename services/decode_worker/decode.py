@@ -5,6 +5,8 @@ token comes with the manifest and is emitted before the last segment has arrived
 """
 
 import asyncio
+from collections.abc import Collection
+from contextlib import AsyncExitStack
 from time import monotonic
 
 import structlog
@@ -54,27 +56,13 @@ class DecodeHandler:
 
     async def run(self, attempt: Attempt) -> None:
         """Generate the job's text; a state that is lost on the way is computed again."""
-        job = attempt.job
-        after_epoch = 0
-        for _ in range(self._settings.max_recomputes + 1):
-            pull = StatePull(
-                job,
-                self._prefill_queue,
-                self._store,
-                self._engine.fingerprint,
-                self._engine.layout,
-                self._settings.stall_timeout,
-                after_epoch,
-            )
-            try:
-                await pull.begun()
-                async with self._slots:
-                    await self._take_over(attempt, pull)
-                return
-            except StateLostError as lost:
-                after_epoch = pull.epoch
-                await self._compute_again(job, after_epoch, lost)
-        raise GenerationError("the state of the prompt was lost too often")
+        request_id = attempt.job.request_id
+        self._leased.add(request_id)
+        try:
+            async with AsyncExitStack() as held:
+                await self._generate(attempt, held)
+        finally:
+            self._leased.discard(request_id)
 
     async def failed(self, attempt: Attempt, reason: str) -> None:
         """Tell the client that its text ends here."""
@@ -88,6 +76,10 @@ class DecodeHandler:
         )
         await self._publisher.emit([Emission(attempt, event)])
 
+    async def wanted(self, jobs: Collection[Job]) -> list[bool]:
+        """Whether the gateway of each job shows signs of life."""
+        return await self._publisher.read_by_somebody([job.gateway_id for job in jobs])
+
     async def ended(self, job: Job, state: JobState) -> None:
         """Let go of the prompt's state; nobody will need it any more."""
         del state
@@ -100,19 +92,37 @@ class DecodeHandler:
             await self._store.renew_leases(list(self._leased), self._settings.state_lease)
         await asyncio.sleep(self._settings.state_lease / 4)
 
+    async def _generate(self, attempt: Attempt, held: AsyncExitStack) -> None:
+        slot = _OneSlot(self._slots, held)
+        after_epoch = 0
+        for _ in range(self._settings.max_recomputes + 1):
+            pull = StatePull(
+                attempt.job,
+                self._prefill_queue,
+                self._store,
+                self._engine.fingerprint,
+                self._engine.layout,
+                self._settings.stall_timeout,
+                after_epoch,
+            )
+            try:
+                await pull.begun()
+                await slot.take()
+                return await self._take_over(attempt, pull)
+            except StateLostError as lost:
+                after_epoch = pull.epoch
+                await self._compute_again(attempt.job, after_epoch, lost)
+        raise GenerationError("the state of the prompt was lost too often")
+
     async def _take_over(self, attempt: Attempt, pull: StatePull) -> None:
-        request_id = attempt.job.request_id
-        self._leased.add(request_id)
-        try:
-            manifest = await pull.manifest()
-            sequence = Sequence(attempt, manifest, await self._publisher.emitted(request_id))
-            if not sequence.tokens:
-                await self._emit_first(sequence)
-            if not sequence.finished:
-                state = await self._restored(sequence, pull)
-                await self._batch.generate(sequence, state)
-        finally:
-            self._leased.discard(request_id)
+        manifest = await pull.manifest()
+        emitted = await self._publisher.emitted(attempt.job.request_id)
+        sequence = Sequence(attempt, manifest, emitted)
+        if not sequence.tokens:
+            await self._emit_first(sequence)
+        if not sequence.finished:
+            state = await self._restored(sequence, pull)
+            await self._batch.generate(sequence, state)
 
     async def _emit_first(self, sequence: Sequence) -> None:
         event = sequence.accept(sequence.manifest.first_token)
@@ -144,3 +154,17 @@ class DecodeHandler:
             raise CancelledJobError("the prefill was cancelled")
         if state is not JobState.QUEUED:
             raise GenerationError("the prefill was given up")
+
+
+class _OneSlot:
+    """A slot of the batch that is taken once and given back when the request ends."""
+
+    def __init__(self, slots: asyncio.Semaphore, held: AsyncExitStack) -> None:
+        self._slots = slots
+        self._held = held
+        self._taken = False
+
+    async def take(self) -> None:
+        if not self._taken:
+            await self._held.enter_async_context(self._slots)
+            self._taken = True

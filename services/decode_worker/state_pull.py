@@ -127,7 +127,7 @@ class StatePull:
         """Take in one announcement; gives the manifest once it comes."""
         event = await self._next_event()
         match event:
-            case PrefillFailed(reason=reason):
+            case PrefillFailed(epoch=epoch, reason=reason) if epoch > self._after_epoch:
                 raise GenerationError(reason)
             case PrefillStarted(epoch=epoch) if epoch > self._after_epoch:
                 self.epoch = epoch
@@ -153,14 +153,18 @@ class StatePull:
         return self._unread.pop(0)
 
     async def _checked_silence(self, since: float) -> float:
-        """Judge a silence by the state of the prefill; gives from when on it counts.
+        """Judge a silence by the standing of the prefill; gives from when on it counts.
 
-        A job that waits for its turn is silent for a good reason.
+        A job that waits for its turn, or whose worker lives, is silent for a good reason.
         """
-        (state,) = await self._patiently(lambda: self._queue.states([self._job.request_id]))
+        state, worker_alive = await self._patiently(
+            lambda: self._queue.standing(self._job.request_id)
+        )
         silence = monotonic() - since
         match state:
             case JobState.QUEUED:
+                return monotonic()
+            case JobState.RUNNING if worker_alive:
                 return monotonic()
             case JobState.RUNNING if silence < self._stall_timeout:
                 return since

@@ -31,6 +31,7 @@ class KvStore:
         self, store: StateStore, sweep_interval: float, registry: CollectorRegistry
     ) -> None:
         self._store = store
+        self._cursor = 0
         self._sweep_interval = sweep_interval
         self._expired = Counter(
             "prfaas_states_expired", "States deleted for want of a lease", registry=registry
@@ -44,11 +45,12 @@ class KvStore:
         )
 
     async def sweep(self) -> None:
-        """Delete states whose lease has run out, then count what is there."""
+        """Delete states that nobody holds, then count what is there."""
         expired = await self._store.expire(_MOST_EXPIRED_AT_ONCE)
-        if expired:
-            log.info("states expired", requests=expired)
-            self._expired.inc(len(expired))
+        self._cursor, orphans = await self._store.collect_orphans(self._cursor)
+        if expired or orphans:
+            log.info("states deleted", expired=expired, orphans=orphans)
+            self._expired.inc(len(expired) + len(orphans))
         account = await self._store.account()
         self._states.set(account.states)
         self._segments.set(account.segments)

@@ -4,6 +4,7 @@ The prompt ends in a manifest with the first token, which is all a prefill worke
 """
 
 import asyncio
+from collections.abc import Collection
 from time import monotonic
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from shared.job_state import JobState
 from shared.kimi_linear.engine import Engine
 from shared.kimi_linear.request_state import RequestState
 from shared.kimi_linear.sampling import sample
-from shared.messages import Job, Manifest, PrefillDone, PrefillStarted, Token
+from shared.messages import Job, Manifest, PrefillDone, PrefillFailed, PrefillStarted, Token
 from shared.settings import PrefillWorkerSettings
 from shared.streams.job_queue import Attempt
 from shared.streams.state_store import StateStore
@@ -72,7 +73,12 @@ class PrefillHandler:
 
     async def failed(self, attempt: Attempt, reason: str) -> None:
         """Tell the decode worker that no state will come."""
-        await self._store.fail(attempt.job.request_id, reason)
+        event = PrefillFailed(epoch=attempt.epoch, reason=reason)
+        await self._store.announce(attempt.job.request_id, attempt.epoch, event)
+
+    async def wanted(self, jobs: Collection[Job]) -> list[bool]:
+        """Only the serving region knows who waits; it cancels what nobody wants."""
+        return [True] * len(jobs)
 
     async def ended(self, job: Job, state: JobState) -> None:
         """Delete what was published for a job that did not end well; the rest is the decoder's."""

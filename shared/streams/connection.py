@@ -1,8 +1,9 @@
 """How to reach Redis: time limits on every wait, and which errors pass by themselves."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import structlog
@@ -24,19 +25,36 @@ PASSING_ERRORS: Final = (
 )
 """Errors of Redis that pass by themselves: it is away, starting, full, or changing its role."""
 
+_PASSING_ANSWERS: Final = ("NOREPLICAS ", "MISCONF ", "BUSY Redis", "BUSY Valkey", "MASTERDOWN ")
+"""Answers of a server that cannot write for now, for which the client has no exception."""
+
 BLOCK_MILLISECONDS: Final = 1000
 """Longest wait inside Redis; below the time limit, so that silence means a dead peer."""
 
 _COMMAND_SECONDS: Final = 10.0
+_SHORTEST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 5.0
+
+Answer = TypeVar("Answer")
+
+
+@contextmanager
+def _passing_answers_as_errors() -> Iterator[None]:
+    try:
+        yield
+    except exceptions.ResponseError as error:
+        if any(answer in str(error) for answer in _PASSING_ANSWERS):
+            raise exceptions.ConnectionError(str(error)) from error
+        raise
 
 
 class _LimitedPipeline(Pipeline):
     """A pipeline that ends within the time limit, whatever its server does."""
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        async with asyncio.timeout(_COMMAND_SECONDS):
-            return await super().execute(raise_on_error)
+        with _passing_answers_as_errors():
+            async with asyncio.timeout(_COMMAND_SECONDS):
+                return await super().execute(raise_on_error)
 
 
 class _LimitedRedis(Redis):
@@ -47,8 +65,9 @@ class _LimitedRedis(Redis):
     """
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        async with asyncio.timeout(_COMMAND_SECONDS):
-            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        with _passing_answers_as_errors():
+            async with asyncio.timeout(_COMMAND_SECONDS):
+                return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
         return _LimitedPipeline(
@@ -86,16 +105,21 @@ def entries_of(answer: Any) -> list[tuple[str, dict[bytes, bytes]]]:
     return [(entry.decode(), fields) for _, entries in answer or [] for entry, fields in entries]
 
 
-async def repeat(step: Callable[[], Awaitable[None]], what: str) -> None:
-    """Run a step again and again for as long as the caller lives, also across outages of Redis."""
-    pause = 0.1
+async def insist(ask: Callable[[], Awaitable[Answer]], what: str) -> Answer:
+    """Ask until an answer comes, across outages of Redis, for as long as the caller lives."""
+    pause = _SHORTEST_PAUSE
     while True:
         try:
-            await step()
-            pause = 0.1
+            return await ask()
         except PASSING_ERRORS as error:
             log.warning(
                 "redis unavailable", during=what, error=type(error).__name__, retry_in=pause
             )
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+async def repeat(step: Callable[[], Awaitable[None]], what: str) -> None:
+    """Run a step again and again for as long as the caller lives, also across outages of Redis."""
+    while True:
+        await insist(step, what)

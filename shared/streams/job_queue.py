@@ -107,6 +107,16 @@ class JobQueue:
             pipeline.hget(keys.job_record(self.name, request_id), "state")
         return [state and JobState(state.decode()) for state in await pipeline.execute()]
 
+    async def standing(self, request_id: str) -> tuple[JobState | None, bool]:
+        """State of a job, and whether the worker that began it last shows signs of life."""
+        record = keys.job_record(self.name, request_id)
+        fields: Any = await self._redis.hmget(record, ["state", "worker"])
+        state, worker = fields
+        if state is None or worker is None:
+            return state and JobState(state.decode()), False
+        alive = await self._redis.exists(keys.worker_alive_prefix(self.name) + worker.decode())
+        return JobState(state.decode()), bool(alive)
+
     async def workers(self) -> list[WorkerRegistration]:
         """The workers that show signs of life."""
         try:
@@ -228,8 +238,12 @@ class JobQueue:
             attempt.delivery.deliveries - (0 if counts else 1),
         )
 
-    async def quarantine(self, delivery: Delivery, job: Job | None, reason: str) -> bool:
-        """Move a job that must not run again to the dead letters; tells whether it was ours to."""
+    async def quarantine(self, delivery: Delivery, job: Job | None, reason: str) -> JobState | None:
+        """Move a job that must not run again to the dead letters.
+
+        Returns:
+            DEAD, or the state in which it had ended before; None if another attempt owns it.
+        """
         record = [keys.job_record(self.name, job.request_id)] if job else []
         outcome = await run_script(
             self._redis,
@@ -244,7 +258,7 @@ class JobQueue:
             _MOST_DEAD_LETTERS,
             ENDED_MILLISECONDS,
         )
-        return bool(outcome == b"dead")
+        return None if outcome == b"superseded" else JobState(outcome.decode())
 
     async def _script(self, name: str, request_id: str, *arguments: str | bytes | int) -> Any:
         record = keys.job_record(self.name, request_id)

@@ -5,7 +5,8 @@ effect and ends after a bounded number of attempts is settled here, for every ki
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -19,7 +20,7 @@ from shared.errors import (
 )
 from shared.job_state import JobState
 from shared.messages import Job, WorkerRegistration
-from shared.streams.connection import PASSING_ERRORS, repeat
+from shared.streams.connection import PASSING_ERRORS, insist, repeat
 from shared.streams.job_queue import Attempt, Delivery, JobQueue, read_job
 
 log = structlog.get_logger()
@@ -36,6 +37,9 @@ class JobHandler(Protocol):
 
     async def failed(self, attempt: Attempt, reason: str) -> None:
         """Tell whoever waits that the job will end without its effect."""
+
+    async def wanted(self, jobs: Collection[Job]) -> list[bool]:
+        """Whether anybody waits for each of the jobs; asked several times a second."""
 
     async def ended(self, job: Job, state: JobState) -> None:
         """Free what the job held: it has ended for good and nobody will work on it again."""
@@ -69,7 +73,7 @@ class JobRunner:
         self._settings = settings
         self._outcome = outcome
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._requests: dict[str, str] = {}
+        self._watched: dict[str, Job] = {}
         self._withdrawn: set[str] = set()
         self._draining = False
 
@@ -99,16 +103,19 @@ class JobRunner:
 
     async def _watch(self) -> None:
         await asyncio.sleep(_WATCH_INTERVAL)
-        watched = list(self._requests.items())
+        watched = dict(self._watched)
         if not watched:
             return
-        states = await self._queue.states([request_id for _, request_id in watched])
-        for (entry, _), state in zip(watched, states, strict=True):
-            if state is not JobState.RUNNING and state is not JobState.QUEUED:
+        jobs = list(watched.values())
+        states = await self._queue.states([job.request_id for job in jobs])
+        wanted = await self._handler.wanted(jobs)
+        for entry, state, is_wanted in zip(watched, states, wanted, strict=True):
+            if not is_wanted or state not in {JobState.RUNNING, JobState.QUEUED}:
                 self._withdraw(entry)
 
     def _withdraw(self, entry: str) -> None:
-        if entry in self._requests and entry not in self._withdrawn:
+        """Stop the handler, if it still runs: what follows it is never cut short."""
+        if entry in self._watched and entry not in self._withdrawn:
             self._withdrawn.add(entry)
             self._running[entry].cancel()
 
@@ -128,11 +135,14 @@ class JobRunner:
         """Take one delivery to its end; whatever goes wrong stays with this job."""
         try:
             await self._deliver(delivery)
+        except SupersededError:
+            log.warning("attempt superseded", entry=delivery.entry)
         except PASSING_ERRORS as error:
             # Still owned and not running: claimed again as soon as Redis is back.
             log.warning("job left for later", error=type(error).__name__)
-        except Exception:  # the worker outlives any job, and redelivery is bounded
+        except Exception:  # the worker outlives any job
             log.exception("job left for later")
+            await asyncio.sleep(_RETRY_PAUSE)
         finally:
             del self._running[delivery.entry]
 
@@ -154,46 +164,55 @@ class JobRunner:
             await self._attempt(attempt)
 
     async def _attempt(self, attempt: Attempt) -> None:
-        entry = attempt.delivery.entry
-        self._requests[entry] = attempt.job.request_id
         try:
             state = await self._run_handler(attempt)
         except SupersededError:
-            log.warning("attempt superseded", request=attempt.job.request_id, epoch=attempt.epoch)
-        except PASSING_ERRORS:
             raise
+        except PASSING_ERRORS as error:
+            log.warning(
+                "attempt broken off", request=attempt.job.request_id, error=type(error).__name__
+            )
+            await asyncio.sleep(_RETRY_PAUSE)
+            await self._hand_back(attempt, counts=False)
         except Exception as error:  # noqa: BLE001 - any failure is this attempt's, not the worker's
             await self._mend(attempt, error)
         else:
-            await self._end(attempt, state)
-        finally:
-            del self._requests[entry]
-            self._withdrawn.discard(entry)
+            await self._conclude(attempt, state)
 
     async def _run_handler(self, attempt: Attempt) -> JobState | None:
         """Run the handler; gives the state the job ends in, None if it does not end here."""
+        entry = attempt.delivery.entry
+        self._watched[entry] = attempt.job
         try:
-            await self._handler.run(attempt)
+            await _unwrapped(self._handler.run(attempt))
         except CancelledJobError:
             return JobState.CANCELLED
-        except BaseExceptionGroup as group:
-            raise _first_error(group) from group
         except asyncio.CancelledError:
-            if attempt.delivery.entry not in self._withdrawn and not self._draining:
+            withdrawn = entry in self._withdrawn
+            if not withdrawn and not self._draining:
                 raise
             _absorb_cancellation()
-            return JobState.CANCELLED if attempt.delivery.entry in self._withdrawn else None
+            return JobState.CANCELLED if withdrawn else None
+        finally:
+            del self._watched[entry]
+            self._withdrawn.discard(entry)
         return JobState.DONE
 
-    async def _end(self, attempt: Attempt, state: JobState | None) -> None:
+    async def _conclude(self, attempt: Attempt, state: JobState | None) -> None:
         if state is None:
-            await self._queue.hand_back(attempt, counts=False)
+            await self._hand_back(attempt, counts=False)
             log.info("job handed back", request=attempt.job.request_id)
             return
-        ended = await self._queue.end(attempt, state)
-        if ended is not None:
-            self._outcome(ended)
-            await self._handler.ended(attempt.job, ended)
+        ended = await insist(lambda: self._queue.end(attempt, state), "end of a job")
+        await self._ended(attempt, ended)
+
+    async def _hand_back(self, attempt: Attempt, *, counts: bool) -> None:
+        await insist(lambda: self._queue.hand_back(attempt, counts=counts), "hand-back of a job")
+
+    async def _ended(self, attempt: Attempt, state: JobState | None) -> None:
+        if state is not None:
+            self._outcome(state)
+            await self._handler.ended(attempt.job, state)
 
     async def _mend(self, attempt: Attempt, error: Exception) -> None:
         """Try again after a failure, if that may help and the attempts are not used up."""
@@ -207,35 +226,53 @@ class JobRunner:
             exc_info=None if known else error,
         )
         if isinstance(error, PrfaasError) and not error.retryable:
-            await self._handler.failed(attempt, str(error))
-            await self._end(attempt, JobState.FAILED)
+            await self._tell_failure(attempt, str(error))
+            await self._conclude(attempt, JobState.FAILED)
         elif attempt.delivery.deliveries >= self._settings.max_attempts:
             await self._give_up(attempt, str(error) if known else "internal error")
         else:
             await asyncio.sleep(_RETRY_PAUSE)
-            await self._queue.hand_back(attempt, counts=True)
+            await self._hand_back(attempt, counts=True)
 
     async def _give_up(self, attempt: Attempt, reason: str) -> None:
         log.error("job quarantined", request=attempt.job.request_id, reason=reason)
-        await self._handler.failed(attempt, reason)
-        if await self._queue.quarantine(attempt.delivery, attempt.job, reason):
-            self._outcome(JobState.DEAD)
-            await self._handler.ended(attempt.job, JobState.DEAD)
+        await self._tell_failure(attempt, reason)
+        ended = await insist(
+            lambda: self._queue.quarantine(attempt.delivery, attempt.job, reason), "quarantine"
+        )
+        await self._ended(attempt, ended)
+
+    async def _tell_failure(self, attempt: Attempt, reason: str) -> None:
+        with suppress(CancelledJobError):  # nobody waits for it any more
+            await insist(lambda: self._handler.failed(attempt, reason), "report of a failure")
 
     # --- draining --------------------------------------------------------------------------
 
     async def _drain(self) -> None:
+        await self._wait_for_running()
+        self._draining = True
+        self._cancel_running()
+        await self._wait_for_running()
+        self._cancel_running()
+
+    async def _wait_for_running(self) -> None:
         if self._running:
             await asyncio.wait(self._running.values(), timeout=self._settings.drain_timeout)
-        self._draining = True
+
+    def _cancel_running(self) -> None:
         for task in self._running.values():
             task.cancel()
-        if self._running:
-            await asyncio.wait(self._running.values(), timeout=self._settings.drain_timeout)
+
+
+async def _unwrapped(work: Awaitable[None]) -> None:
+    """Let out what went wrong first in a handler's tasks; their group has cancelled the rest."""
+    try:
+        await work
+    except BaseExceptionGroup as group:
+        raise _first_error(group) from group
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What went wrong first in a handler's tasks; their group has cancelled the rest for it."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

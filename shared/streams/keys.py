@@ -54,6 +54,11 @@ def state_segments(request_id: str) -> str:
     return f"prfaas:state:segments:{{{request_id}}}"
 
 
+def request_of(key: str) -> str:
+    """The request that a key with a hash tag belongs to."""
+    return key[key.index("{") + 1 : key.index("}")]
+
+
 def segment(request_id: str, epoch: int, number: int) -> str:
     """One published segment. The epoch is part of the name: attempts never overwrite another."""
     return f"prfaas:state:segment:{{{request_id}}}:{epoch}:{number}"

@@ -37,6 +37,7 @@ STATE_MILLISECONDS: Final = 2 * 3600 * 1000
 """Time to live of a state's keys, for a region whose kv_store service does not run."""
 
 _SLICE_BYTES: Final = 4 * 2**20
+_ORPHANS_LOOKED_AT: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class StateStore:
             SupersededError, CancelledJobError: as `announce`.
         """
         index = keys.state_segments(request_id)
-        pipeline = self._redis.pipeline(transaction=False)
+        pipeline = self._redis.pipeline(transaction=True)  # no segment without its index
         pipeline.hset(index, segment.key, len(data))
         pipeline.pexpire(index, STATE_MILLISECONDS)
         pipeline.set(segment.key, data, px=STATE_MILLISECONDS)
@@ -100,14 +101,6 @@ class StateStore:
             await self._redis.unlink(segment.key)
             await self._redis.hdel(index, segment.key)
             raise
-
-    async def fail(self, request_id: str, reason: str) -> None:
-        """Tell the readers that there will be no state."""
-        events = keys.prefill_events(request_id)
-        pipeline = self._redis.pipeline(transaction=False)
-        pipeline.xadd(events, {"event": encode(PrefillFailed(reason=reason))})
-        pipeline.pexpire(events, STATE_MILLISECONDS)
-        await pipeline.execute()
 
     # --- the decode worker -----------------------------------------------------------------
 
@@ -158,21 +151,48 @@ class StateStore:
 
     async def release(self, request_id: str) -> int:
         """Delete a state that nobody needs any more; gives the number of its segments."""
-        await self._redis.zrem(keys.STATE_LEASES, request_id)
-        index = keys.state_segments(request_id)
-        segments = await self._redis.hkeys(index)
-        await self._redis.unlink(index, keys.prefill_events(request_id), *segments)
-        return len(segments)
+        return await self._delete(request_id, keep_leased=False)
+
+    async def _delete(self, request_id: str, *, keep_leased: bool) -> int:
+        names = [
+            keys.STATE_LEASES,
+            keys.state_segments(request_id),
+            keys.prefill_events(request_id),
+        ]
+        deleted = await run_script(self._redis, "delete_state", names, request_id, int(keep_leased))
+        return int(deleted)
 
     # --- the kv_store service --------------------------------------------------------------
 
     async def expire(self, most: int) -> list[str]:
         """Delete up to `most` states whose lease has run out; gives their requests."""
-        expired = await run_script(self._redis, "expire_leases", [keys.STATE_LEASES], most)
-        request_ids = [request_id.decode() for request_id in expired]
-        for request_id in request_ids:
-            await self.release(request_id)
-        return request_ids
+        expired = await run_script(self._redis, "expired_leases", [keys.STATE_LEASES], most)
+        return await self._delete_unheld([request_id.decode() for request_id in expired])
+
+    async def collect_orphans(self, cursor: int) -> tuple[int, list[str]]:
+        """Delete states without any lease, looking at some of all states.
+
+        A write that was under way when its state was released leaves such a state.
+
+        Args:
+            cursor: 0, or where the look before ended.
+
+        Returns:
+            Where to look next, 0 after the last; and the requests whose states were deleted.
+        """
+        answer: Any = await self._redis.scan(
+            cursor, match=keys.state_segments("*"), count=_ORPHANS_LOOKED_AT
+        )
+        next_cursor, found = answer
+        request_ids = [keys.request_of(index.decode()) for index in found]
+        return int(next_cursor), await self._delete_unheld(request_ids)
+
+    async def _delete_unheld(self, request_ids: list[str]) -> list[str]:
+        return [
+            request_id
+            for request_id in request_ids
+            if await self._delete(request_id, keep_leased=True) >= 0
+        ]
 
     async def account(self) -> StateAccount:
         """Count the leased states, their segments and bytes."""

@@ -84,6 +84,11 @@ class TokenPublisher:
             for emission, verdict in zip(emissions, verdicts, strict=True)
         }
 
+    async def read_by_somebody(self, gateway_ids: Sequence[str]) -> list[bool]:
+        """Whether each gateway shows signs of life."""
+        signs: Any = await self._redis.mget([keys.gateway_alive(name) for name in gateway_ids])
+        return [sign is not None for sign in signs]
+
     async def emitted(self, request_id: str) -> list[Token]:
         """All tokens of a request that were emitted so far, by whichever attempt."""
         entries: Any = await self._redis.lrange(keys.token_log(request_id), 0, -1)

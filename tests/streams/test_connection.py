@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 
 from shared.streams import connection
 from shared.streams.connection import PASSING_ERRORS, connect, repeat, without_password
+from shared.streams.scripts import run_script
 from tests.polling import eventually
 
 pytestmark = pytest.mark.asyncio
@@ -47,6 +48,21 @@ async def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.Monke
                 await client.ping()
             with pytest.raises(PASSING_ERRORS):
                 await pipelined(client)
+
+
+async def test_a_server_that_cannot_write_for_now_is_in_passing_trouble(redis: Redis) -> None:
+    await redis.config_set("min-replicas-to-write", 1)
+    try:
+        with pytest.raises(PASSING_ERRORS):
+            await redis.set("key", "value")
+        pipeline = redis.pipeline(transaction=False)
+        pipeline.set("key", "value")
+        with pytest.raises(PASSING_ERRORS):
+            await pipeline.execute()
+        with pytest.raises(PASSING_ERRORS):
+            await run_script(redis, "enqueue", ["stream", "record"], b"job", 10, 1000)
+    finally:
+        await redis.config_set("min-replicas-to-write", 0)
 
 
 async def test_a_step_is_repeated_across_outages_and_ends_by_cancellation() -> None:

@@ -91,7 +91,7 @@ async def test_a_worker_that_lost_its_job_has_no_further_effect(redis: Redis) ->
     assert isinstance(second, Attempt)
     assert await paused.end(first, JobState.DONE) is None
     await paused.hand_back(first, counts=True)
-    assert await paused.quarantine(first.delivery, first.job, "late") is False
+    assert await paused.quarantine(first.delivery, first.job, "late") is None
     assert await heir.states(["r1"]) == [JobState.RUNNING]
     assert await heir.end(second, JobState.DONE) is JobState.DONE
 
@@ -106,7 +106,48 @@ async def test_a_delivery_that_was_lost_on_its_way_is_taken_up_by_its_live_owner
     await worker.fetch(1)  # the answer never reached the loop
     (delivery,) = await worker.claim_abandoned([running.delivery.entry], 5)
     assert read_job(delivery).request_id == "r2"
+    assert delivery.deliveries == 1, "that was no fault of the job"
     assert await worker.claim_abandoned([running.delivery.entry, delivery.entry], 5) == []
+
+
+async def test_an_entry_is_claimed_once_by_a_worker_that_has_others(redis: Redis) -> None:
+    worker = await live_worker(redis, "w1")
+    for request_id in ("mine", "other"):
+        await worker.enqueue(make_job(request_id), 10)
+    mine, other = await begin_next(worker), await begin_next(worker)
+    await worker.hand_back(other, counts=True)
+    claimed = await worker.claim_abandoned([mine.delivery.entry], 5)
+    assert [delivery.entry for delivery in claimed] == [other.delivery.entry]
+    assert [delivery.deliveries for delivery in claimed] == [2]
+
+
+async def test_an_end_whose_answer_was_lost_can_be_repeated(redis: Redis) -> None:
+    worker = await live_worker(redis, "w1")
+    await worker.enqueue(make_job(), 10)
+    attempt = await begin_next(worker)
+    assert await worker.end(attempt, JobState.DONE) is JobState.DONE
+    assert await worker.end(attempt, JobState.DONE) is JobState.DONE
+
+
+async def test_a_failed_job_still_reaches_the_dead_letters(redis: Redis) -> None:
+    worker = await live_worker(redis, "w1")
+    await worker.enqueue(make_job(), 10)
+    attempt = await begin_next(worker)
+    await redis.hset(keys.job_record("decode", "r1"), "state", "failed")  # as its last event does
+    for _ in range(2):  # the second as if the first answer had been lost
+        assert await worker.quarantine(attempt.delivery, attempt.job, "why") is JobState.DEAD
+    assert await redis.xlen(keys.dead_letters("decode")) == 1
+
+
+async def test_the_standing_of_a_job_tells_whether_its_worker_lives(redis: Redis) -> None:
+    worker = await live_worker(redis, "w1")
+    assert await worker.standing("r1") == (None, False)
+    await worker.enqueue(make_job(), 10)
+    assert await worker.standing("r1") == (JobState.QUEUED, False)
+    await begin_next(worker)
+    assert await worker.standing("r1") == (JobState.RUNNING, True)
+    await worker.deregister()
+    assert await worker.standing("r1") == (JobState.RUNNING, False)
 
 
 async def test_a_queued_job_that_is_cancelled_leaves_the_backlog(redis: Redis) -> None:
@@ -177,7 +218,8 @@ async def test_a_quarantined_job_is_kept_with_its_reason_while_others_flow(redis
     await worker.enqueue(make_job("poison"), 10)
     await worker.enqueue(make_job("fine"), 10)
     attempt = await begin_next(worker)
-    assert await worker.quarantine(attempt.delivery, attempt.job, "kills workers")
+    quarantined = await worker.quarantine(attempt.delivery, attempt.job, "kills workers")
+    assert quarantined is JobState.DEAD
     assert await worker.states(["poison"]) == [JobState.DEAD]
     letters: Any = await redis.xrange(keys.dead_letters("decode"))
     assert [fields[b"reason"] for _, fields in letters] == [b"kills workers"]
@@ -190,7 +232,7 @@ async def test_an_entry_that_is_no_job_is_named_as_such_and_quarantined(redis: R
     (delivery,) = await worker.fetch(1)
     with pytest.raises(MessageError):
         read_job(delivery)
-    assert await worker.quarantine(delivery, None, "unreadable")
+    assert await worker.quarantine(delivery, None, "unreadable") is JobState.DEAD
     assert await worker.backlog() == 0
 
 

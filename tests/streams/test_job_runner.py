@@ -1,7 +1,7 @@
 """The worker loop: one owner a job, bounded attempts, cancellation, draining, outages of Redis."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from services.cli.embedded_valkey import embedded_valkey
-from shared.errors import GenerationError, StateStoreFullError, SupersededError
+from shared.errors import CancelledJobError, GenerationError, StateStoreFullError, SupersededError
 from shared.job_state import JobState
 from shared.messages import Job
 from shared.streams import keys
@@ -34,6 +34,9 @@ class RecordingHandler:
         self.cancelled: list[str] = []
         self.failures: list[tuple[str, str]] = []
         self.endings: list[tuple[str, JobState]] = []
+        self.unwanted: set[str] = set()
+        self.may_end = asyncio.Event()
+        self.may_end.set()
 
     async def run(self, attempt: Attempt) -> None:
         self.begun.append((attempt.job.request_id, attempt.epoch))
@@ -46,7 +49,11 @@ class RecordingHandler:
     async def failed(self, attempt: Attempt, reason: str) -> None:
         self.failures.append((attempt.job.request_id, reason))
 
+    async def wanted(self, jobs: Collection[Job]) -> list[bool]:
+        return [job.request_id not in self.unwanted for job in jobs]
+
     async def ended(self, job: Job, state: JobState) -> None:
+        await self.may_end.wait()
         self.endings.append((job.request_id, state))
 
 
@@ -252,6 +259,67 @@ async def test_a_running_job_that_is_cancelled_stops_within_a_second(redis: Redi
     assert handler.cancelled == ["r1"]
     assert handler.endings == [("r1", JobState.CANCELLED)]
     assert await queue.backlog() == 0
+
+
+async def test_a_job_that_nobody_waits_for_is_stopped(redis: Redis) -> None:
+    handler, queue = RecordingHandler(for_ever), JobQueue(redis, "decode")
+    async with running(redis, handler):
+        await queue.enqueue(make_job(), 10)
+        await eventually(lambda: bool(handler.begun))
+        handler.unwanted.add("r1")
+        await eventually(lambda: bool(handler.endings), within=1)
+    assert handler.endings == [("r1", JobState.CANCELLED)]
+
+
+async def test_what_follows_the_end_of_a_job_is_never_cut_short(redis: Redis) -> None:
+    handler, queue = RecordingHandler(at_once), JobQueue(redis, "decode")
+    handler.may_end.clear()
+
+    async def is_done() -> bool:
+        return await queue.states(["r1"]) == [JobState.DONE]
+
+    async with running(redis, handler, drain_timeout=5):
+        await queue.enqueue(make_job(), 10)
+        await eventually(is_done)
+        handler.unwanted.add("r1")
+        other = make_job("r2")
+        await queue.enqueue(other, 10)
+        # Two looks at what runs have passed once a job that is looked at twice is cancelled.
+        await eventually(lambda: len(handler.begun) == 2)
+        asyncio.get_running_loop().call_later(0.6, handler.may_end.set)
+    assert ("r1", JobState.DONE) in handler.endings
+
+
+async def test_redis_trouble_spends_no_attempts(redis: Redis) -> None:
+    async def in_trouble_at_first(attempt: Attempt) -> None:
+        if attempt.epoch <= 5:  # more often than attempts are allowed
+            raise ConnectionError("redis is away")
+
+    handler, queue = RecordingHandler(in_trouble_at_first), JobQueue(redis, "decode")
+    async with running(redis, handler):
+        await queue.enqueue(make_job(), 10)
+        await eventually(lambda: bool(handler.endings))
+    assert handler.endings == [("r1", JobState.DONE)]
+    assert handler.failures == []
+
+
+async def test_a_cancellation_from_a_task_of_the_handler_ends_the_job_cancelled(
+    redis: Redis,
+) -> None:
+    async def in_a_group(_: Attempt) -> None:
+        async def find_out() -> None:
+            raise CancelledJobError("the request is cancelled")
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(find_out())
+            await asyncio.Event().wait()
+
+    handler = RecordingHandler(in_a_group)
+    async with running(redis, handler):
+        await JobQueue(redis, "decode").enqueue(make_job(), 10)
+        await eventually(lambda: bool(handler.endings))
+    assert handler.endings == [("r1", JobState.CANCELLED)]
+    assert handler.failures == []
 
 
 async def test_draining_lets_running_jobs_end_and_takes_no_more(redis: Redis) -> None:

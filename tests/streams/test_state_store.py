@@ -95,10 +95,14 @@ async def test_an_announcement_that_is_none_means_a_lost_state(redis: Redis) -> 
         await StateStore(redis, "prefill").events("r1").read()
 
 
-async def test_a_failure_is_told_to_whoever_waits(redis: Redis) -> None:
+async def test_a_superseded_attempt_cannot_report_a_failure(redis: Redis) -> None:
     store = StateStore(redis, "prefill")
-    await store.fail("r1", "poison")
-    assert await store.events("r1").read() == [PrefillFailed(reason="poison")]
+    attempt = await begun(redis)
+    failure = PrefillFailed(epoch=attempt.epoch, reason="poison")
+    await JobQueue(redis, "prefill").enqueue_again(attempt.job, attempt.epoch)
+    with pytest.raises(SupersededError):  # although no later attempt has begun yet
+        await store.announce("r1", attempt.epoch, failure)
+    assert await store.events("r1").read() == []
 
 
 async def test_a_store_without_memory_refuses_by_name(redis: Redis) -> None:
@@ -122,6 +126,24 @@ async def test_a_state_without_a_lease_is_deleted_whole(redis: Redis) -> None:
     left: list[bytes] = [key async for key in redis.scan_iter("prfaas:state:segment*")]
     assert left
     assert all(b"{r2}" in key for key in left)
+
+
+async def test_a_state_whose_lease_was_renewed_meanwhile_is_kept(redis: Redis) -> None:
+    await published(redis, "r1")
+    store = StateStore(redis, "prefill")
+    assert await store._delete_unheld(["r1"]) == []
+    assert (await store.account()).states == 1
+
+
+async def test_a_state_that_lost_its_lease_altogether_is_found(redis: Redis) -> None:
+    await published(redis, "orphan")
+    await published(redis, "held")
+    await redis.zrem(keys.STATE_LEASES, "orphan")
+    store = StateStore(redis, "prefill")
+    assert await store.collect_orphans(0) == (0, ["orphan"])
+    left = [key async for key in redis.scan_iter("prfaas:state:segment*")]
+    assert left
+    assert all(b"{held}" in key for key in left)
 
 
 async def test_a_lease_that_has_run_out_is_not_revived(redis: Redis) -> None:

@@ -93,11 +93,24 @@ async def test_a_job_that_waits_for_its_turn_may_be_silent(
     await waiting
 
 
-async def test_a_prefill_that_makes_no_progress_is_lost(queue: JobQueue, pull: Pull) -> None:
+async def test_a_prefill_without_a_live_worker_is_lost(queue: JobQueue, pull: Pull) -> None:
     await queue.enqueue(job(), 10)
     await begin_next(queue)
+    await queue.deregister()
     with pytest.raises(StateLostError, match="running but silent"):
         await pull(stall_timeout=0.01).begun()
+
+
+async def test_a_live_worker_may_take_longer_than_the_stall_timeout(
+    queue: JobQueue, prefill: PrefillHandler, pull: Pull
+) -> None:
+    await queue.enqueue(job(), 10)
+    attempt = await begin_next(queue)
+    waiting = asyncio.create_task(pull(stall_timeout=0.01).begun())
+    _, pending = await asyncio.wait([waiting], timeout=2.5)  # more than two looks
+    assert pending, "it would have been given up"
+    await prefill.run(attempt)
+    await waiting
 
 
 async def test_a_prefill_that_its_region_does_not_know_is_lost(pull: Pull) -> None:

@@ -14,7 +14,7 @@ if entry ~= ARGV[2] or (state ~= 'queued' and state ~= 'running') then
 end
 
 local epoch = redis.call('HINCRBY', KEYS[2], 'epoch', 1)
-redis.call('HSET', KEYS[2], 'state', 'running')
+redis.call('HSET', KEYS[2], 'state', 'running', 'worker', ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[4])
 local now = redis.call('TIME')
 local queued = tonumber(string.match(ARGV[2], '^(%d+)-'))

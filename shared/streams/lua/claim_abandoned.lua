@@ -1,5 +1,5 @@
 -- Invariant: an entry changes hands only when its owner shows no sign of life, or when its owner is
--- the caller and does not run it (its delivery was lost on the way).
+-- the caller and does not run it. The latter was lost on its way, which is not held against the job.
 -- KEYS: job stream. ARGV: group, caller, prefix of the keys of live workers, most entries to take,
 -- then the entries that the caller runs.
 -- Returns a list of {entry, payload, deliveries}.
@@ -22,13 +22,16 @@ for _, fields in ipairs(consumers) do
       for _, pending in ipairs(redis.call('XPENDING', KEYS[1], group, '-', '+', look, name)) do
         local entry, deliveries = pending[1], pending[4]
         if room > 0 and not running[entry] then
-          local taken = redis.call('XCLAIM', KEYS[1], group, caller, 0, entry)[1]
+          local count = mine and deliveries or deliveries + 1
+          local taken =
+            redis.call('XCLAIM', KEYS[1], group, caller, 0, entry, 'RETRYCOUNT', count)[1]
           if taken then
+            running[entry] = true -- the caller may be listed after the consumer it came from
             local payload = ''
             for i = 1, #taken[2], 2 do
               if taken[2][i] == 'job' then payload = taken[2][i + 1] end
             end
-            claimed[#claimed + 1] = {entry, payload, deliveries + 1}
+            claimed[#claimed + 1] = {entry, payload, count}
             room = room - 1
           end
         end

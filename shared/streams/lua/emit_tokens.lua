@@ -14,7 +14,7 @@ for i = 1, (#KEYS - 2) / 2 do
     ARGV[a], ARGV[a + 1], tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3]), ARGV[a + 4], ARGV[a + 5]
   local state, owner, emitted = unpack(redis.call('HMGET', record, 'state', 'epoch', 'tokens'))
   emitted = tonumber(emitted or 0)
-  if owner ~= epoch then
+  if owner ~= epoch or state == 'queued' then
     verdicts[i] = 'superseded'
   elseif state == final and emitted == index + count then
     verdicts[i] = 'ok'
