@@ -208,7 +208,7 @@ class JobQueue:
                 return None
 
     async def end(self, attempt: Attempt, state: JobState) -> JobState | None:
-        """Acknowledge a job whose effect is durable.
+        """Say that a job's effect is durable; it stays this worker's until it is acknowledged.
 
         Returns:
             The state it has now (CANCELLED wins over any other); None if another attempt owns it.
@@ -225,6 +225,12 @@ class JobQueue:
         )
         return None if outcome == b"superseded" else JobState(outcome.decode())
 
+    async def acknowledge(self, delivery: Delivery) -> None:
+        """Take an entry out of the stream: its job has ended and nothing is left to do for it."""
+        await run_script(
+            self._redis, "acknowledge", [self._stream], keys.GROUP, delivery.entry, self._worker
+        )
+
     async def hand_back(self, attempt: Attempt, *, counts: bool) -> None:
         """Let any worker try again; `counts` says whether this attempt was one of the bounded."""
         await self._script(
@@ -239,7 +245,7 @@ class JobQueue:
         )
 
     async def quarantine(self, delivery: Delivery, job: Job | None, reason: str) -> JobState | None:
-        """Move a job that must not run again to the dead letters.
+        """Put a job that must not run again among the dead letters; to be acknowledged after.
 
         Returns:
             DEAD, or the state in which it had ended before; None if another attempt owns it.

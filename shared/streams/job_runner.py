@@ -150,14 +150,15 @@ class JobRunner:
         try:
             job = read_job(delivery)
         except MessageError as error:
-            await self._queue.quarantine(delivery, None, str(error))
             log.error("job quarantined", reason=str(error))
+            await self._queue.quarantine(delivery, None, str(error))
+            await self._queue.acknowledge(delivery)
             return
         attempt = await self._queue.begin(delivery, job)
         if attempt is None:
             return
         if not isinstance(attempt, Attempt):
-            await self._handler.ended(job, attempt)
+            await self._free(delivery, job, attempt)
         elif delivery.deliveries > self._settings.max_attempts:
             await self._give_up(attempt, "it was given to workers too often")
         else:
@@ -206,13 +207,18 @@ class JobRunner:
         ended = await insist(lambda: self._queue.end(attempt, state), "end of a job")
         await self._ended(attempt, ended)
 
-    async def _hand_back(self, attempt: Attempt, *, counts: bool) -> None:
-        await insist(lambda: self._queue.hand_back(attempt, counts=counts), "hand-back of a job")
-
     async def _ended(self, attempt: Attempt, state: JobState | None) -> None:
         if state is not None:
             self._outcome(state)
-            await self._handler.ended(attempt.job, state)
+            await self._free(attempt.delivery, attempt.job, state)
+
+    async def _free(self, delivery: Delivery, job: Job, state: JobState) -> None:
+        """Acknowledge last: when this worker dies before, another one frees what the job held."""
+        await insist(lambda: self._handler.ended(job, state), "release of a job")
+        await insist(lambda: self._queue.acknowledge(delivery), "acknowledgement of a job")
+
+    async def _hand_back(self, attempt: Attempt, *, counts: bool) -> None:
+        await insist(lambda: self._queue.hand_back(attempt, counts=counts), "hand-back of a job")
 
     async def _mend(self, attempt: Attempt, error: Exception) -> None:
         """Try again after a failure, if that may help and the attempts are not used up."""

@@ -71,6 +71,7 @@ class Life:
                     worker.attempt = begun
             case "end" if worker.attempt is not None:
                 ended = await worker.queue.end(worker.attempt, JobState.DONE)
+                await worker.queue.acknowledge(worker.attempt.delivery)
                 if worker.attempt.epoch < self.highest_epoch:
                     assert ended is None
                 worker.delivery = worker.attempt = None
@@ -79,6 +80,7 @@ class Life:
                 worker.delivery = worker.attempt = None
             case "quarantine" if worker.delivery is not None:
                 await worker.queue.quarantine(worker.delivery, make_job(), "reason")
+                await worker.queue.acknowledge(worker.delivery)
                 worker.delivery = worker.attempt = None
             case "cancel":
                 await worker.queue.cancel("r1")

@@ -32,6 +32,8 @@ async def test_a_job_stays_in_the_backlog_until_its_effect_is_acknowledged(redis
     attempt = await begin_next(worker)
     assert await worker.backlog() == 1
     assert await worker.end(attempt, JobState.DONE) is JobState.DONE
+    assert await worker.backlog() == 1
+    await worker.acknowledge(attempt.delivery)
     assert await worker.backlog() == 0
     assert await redis.xpending(keys.job_stream("decode"), keys.GROUP) == {
         "pending": 0,
@@ -129,6 +131,14 @@ async def test_an_end_whose_answer_was_lost_can_be_repeated(redis: Redis) -> Non
     assert await worker.end(attempt, JobState.DONE) is JobState.DONE
 
 
+async def test_only_its_owner_acknowledges_an_entry(redis: Redis) -> None:
+    worker, other = await live_worker(redis, "w1"), await live_worker(redis, "w2")
+    await worker.enqueue(make_job(), 10)
+    attempt = await begin_next(worker)
+    await other.acknowledge(attempt.delivery)
+    assert await worker.backlog() == 1
+
+
 async def test_a_failed_job_still_reaches_the_dead_letters(redis: Redis) -> None:
     worker = await live_worker(redis, "w1")
     await worker.enqueue(make_job(), 10)
@@ -167,7 +177,6 @@ async def test_a_running_job_that_is_cancelled_ends_cancelled_whatever_its_worke
     await worker.cancel("r1")
     await worker.cancel("r1")
     assert await worker.end(attempt, JobState.DONE) is JobState.CANCELLED
-    assert await worker.backlog() == 0
 
 
 async def test_a_cancel_that_comes_before_the_job_keeps_it_out(redis: Redis) -> None:
@@ -194,6 +203,7 @@ async def test_a_job_whose_worker_died_after_the_effect_is_not_begun_again(redis
     heir = await live_worker(redis, "heir")
     (delivery,) = await heir.claim_abandoned([], 1)
     assert await heir.begin(delivery, read_job(delivery)) is JobState.DONE
+    await heir.acknowledge(delivery)
     assert await heir.backlog() == 0
 
 
@@ -233,6 +243,7 @@ async def test_an_entry_that_is_no_job_is_named_as_such_and_quarantined(redis: R
     with pytest.raises(MessageError):
         read_job(delivery)
     assert await worker.quarantine(delivery, None, "unreadable") is JobState.DEAD
+    await worker.acknowledge(delivery)
     assert await worker.backlog() == 0
 
 
@@ -245,7 +256,7 @@ async def test_a_job_that_is_asked_for_again_replaces_its_former_entry(redis: Re
     second = await begin_next(worker)
     assert second.epoch == first.epoch + 1
     assert await worker.end(second, JobState.DONE) is JobState.DONE
-    assert await worker.backlog() == 0
+    assert await worker.backlog() == 1, "the former entry is gone"
 
 
 async def test_epochs_go_on_rising_when_redis_has_forgotten_the_job(redis: Redis) -> None:

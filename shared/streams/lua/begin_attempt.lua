@@ -6,12 +6,12 @@ local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)[1]
 if not pending or pending[2] ~= ARGV[3] then return {'superseded'} end
 
 local state, entry = unpack(redis.call('HMGET', KEYS[2], 'state', 'entry'))
-if entry ~= ARGV[2] or (state ~= 'queued' and state ~= 'running') then
+if entry and entry ~= ARGV[2] then -- left by a job that was asked for again
   redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
   redis.call('XDEL', KEYS[1], ARGV[2])
-  if entry and entry ~= ARGV[2] then return {'superseded'} end
-  return {'ended', state or 'expired'}
+  return {'superseded'}
 end
+if state ~= 'queued' and state ~= 'running' then return {'ended', state or 'expired'} end
 
 local epoch = redis.call('HINCRBY', KEYS[2], 'epoch', 1)
 redis.call('HSET', KEYS[2], 'state', 'running', 'worker', ARGV[3])
