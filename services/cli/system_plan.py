@@ -73,7 +73,11 @@ class SystemPlanner:
         )
 
     def _fair_threads(self) -> int:
-        """Waiting threads spin: more of them than processors slow each other down manifold."""
+        """A share of the processors for each worker.
+
+        More threads than processors gain nothing when the machine is idle, and cost most of the
+        speed as soon as anything else runs on it.
+        """
         workers = self._settings.prefill_workers + self._settings.decode_workers
         return max(1, (os.cpu_count() or 1) // workers)
 
