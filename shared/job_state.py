@@ -36,5 +36,3 @@ TRANSITIONS: Final[dict[JobState, frozenset[JobState]]] = {
     JobState.CANCELLED: frozenset(),
     JobState.DEAD: frozenset(),
 }
-
-ENDED: Final = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED, JobState.DEAD})

@@ -102,7 +102,6 @@ class SegmentDescriptor(Message):
 class Manifest(Message):
     """Closes a state: everything a decode worker needs to continue the prompt."""
 
-    prompt_length: Annotated[int, Field(ge=1)]
     fingerprint: Identifier
     segments: Annotated[tuple[SegmentDescriptor, ...], Field(min_length=1)]
     first_token: Token

@@ -93,7 +93,7 @@ class DecodeHandler:
         await asyncio.sleep(self._settings.state_lease / 4)
 
     async def _generate(self, attempt: Attempt, held: AsyncExitStack) -> None:
-        slot = _OneSlot(self._slots, held)
+        has_slot = False
         after_epoch = 0
         for _ in range(self._settings.max_recomputes + 1):
             pull = StatePull(
@@ -107,7 +107,9 @@ class DecodeHandler:
             )
             try:
                 await pull.begun()
-                await slot.take()
+                if not has_slot:  # kept across recomputes: they do not queue anew
+                    await held.enter_async_context(self._slots)
+                    has_slot = True
                 return await self._take_over(attempt, pull)
             except StateLostError as lost:
                 after_epoch = pull.epoch
@@ -154,17 +156,3 @@ class DecodeHandler:
             raise CancelledJobError("the prefill was cancelled")
         if state is not JobState.QUEUED:
             raise GenerationError("the prefill was given up")
-
-
-class _OneSlot:
-    """A slot of the batch that is taken once and given back when the request ends."""
-
-    def __init__(self, slots: asyncio.Semaphore, held: AsyncExitStack) -> None:
-        self._slots = slots
-        self._held = held
-        self._taken = False
-
-    async def take(self) -> None:
-        if not self._taken:
-            await self._held.enter_async_context(self._slots)
-            self._taken = True

@@ -58,7 +58,6 @@ class PrefillHandler:
             prefill_seconds = monotonic() - started
             await parts.put(None)
         manifest = Manifest(
-            prompt_length=len(job.prompt),
             fingerprint=self._engine.fingerprint,
             segments=publishing.result(),
             first_token=first_token,

@@ -87,7 +87,6 @@ def manifest(length: int, first: Token) -> Manifest:
         checksum=bytes(16),
     )
     return Manifest(
-        prompt_length=length,
         fingerprint="f",
         segments=(segment,),
         first_token=first,
