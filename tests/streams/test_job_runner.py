@@ -36,6 +36,7 @@ class RecordingHandler:
         self.endings: list[tuple[str, JobState]] = []
         self.unwanted: set[str] = set()
         self.looks = 0
+        self.cut_short: list[str] = []
         self.may_end = asyncio.Event()
         self.may_end.set()
 
@@ -55,7 +56,11 @@ class RecordingHandler:
         return [job.request_id not in self.unwanted for job in jobs]
 
     async def ended(self, job: Job, state: JobState) -> None:
-        await self.may_end.wait()
+        try:
+            await self.may_end.wait()
+        except asyncio.CancelledError:
+            self.cut_short.append(job.request_id)
+            raise
         self.endings.append((job.request_id, state))
 
 
@@ -292,6 +297,7 @@ async def test_what_follows_the_end_of_a_job_is_never_cut_short(redis: Redis) ->
         await eventually(lambda: handler.looks >= 2)
         handler.may_end.set()
         await eventually(lambda: handler.endings == [("r1", JobState.DONE)])
+    assert handler.cut_short == []
 
 
 async def test_redis_trouble_spends_no_attempts(redis: Redis) -> None:
