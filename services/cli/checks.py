@@ -19,7 +19,7 @@ from services.cli.errors import CommandError
 from services.cli.readiness import is_alive, reason_not_ready
 from shared.errors import CheckpointError
 from shared.kimi_linear.config import KimiLinearConfig
-from shared.kimi_linear.tokenizer import load_tokenizer
+from shared.kimi_linear.tokenizer.loading import load_tokenizer
 from shared.settings import unknown_variables
 from shared.streams.connection import connect, without_password
 
@@ -100,7 +100,7 @@ def check_model(directory: Path) -> Finding:
     """The checkpoint's configuration and tokenizer can be read."""
     try:
         config = KimiLinearConfig.from_directory(directory)
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory, config.vocab_size)
     except CheckpointError as error:
         remedy = "correct it, or write a model to try with `prfaas init-model`"
         return Finding("model", str(error), remedy)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from services.gateway.completion_request import CompletionRequest
 from services.gateway.completion_text import EndReason, TextPiece, join
 from services.gateway.served_model import ServedModel
-from shared.kimi_linear.tokenizer import Tokenizer
+from shared.kimi_linear.tokenizer.interface import Tokenizer
 from shared.messages import Job, Timings, Token
 
 

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Literal
 
 from shared.kimi_linear.detokenizer import IncrementalDetokenizer, StopStrings
-from shared.kimi_linear.tokenizer import Tokenizer
+from shared.kimi_linear.tokenizer.interface import Tokenizer
 from shared.messages import Timings, Token, TokenEvent
 
 EndReason = Literal["stop", "length"]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from shared.kimi_linear.config import KimiLinearConfig
-from shared.kimi_linear.tokenizer import Tokenizer, load_tokenizer
+from shared.kimi_linear.tokenizer.interface import Tokenizer
+from shared.kimi_linear.tokenizer.loading import load_tokenizer
 from shared.settings import GatewaySettings
 
 
@@ -37,5 +38,5 @@ class ServedModel:
             vocab_size=config.vocab_size,
             max_length=config.model_max_length,
             end_token_ids=config.eos_token_ids,
-            tokenizer=load_tokenizer(settings.model),
+            tokenizer=load_tokenizer(settings.model, config.vocab_size),
         )

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shared.errors import CheckpointError
-from shared.kimi_linear.config import KimiLinearConfig, read_json
+from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.fingerprint import fingerprint
+from shared.kimi_linear.model_files import read_json
 from shared.kimi_linear.weights import (
     DenseWeights,
     KdaWeights,

@@ -1,8 +1,7 @@
 """What a model directory says of itself: `config.json` in the published layout, without torch."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
     AliasChoices,
@@ -17,6 +16,7 @@ from pydantic import (
 )
 
 from shared.errors import CheckpointError
+from shared.kimi_linear.model_files import first_problem, read_json
 from shared.kimi_linear.state_layout import DTypeName, StateLayout
 
 CONFIG_FILE: Final = "config.json"
@@ -108,7 +108,7 @@ class KimiLinearConfig(BaseModel):
         try:
             return cls.model_validate({**fields, "eos_token_id": tuple(dict.fromkeys(ends))})
         except ValidationError as error:
-            raise CheckpointError(f"{directory / CONFIG_FILE}: {_first_problem(error)}") from None
+            raise CheckpointError(f"{directory / CONFIG_FILE}: {first_problem(error)}") from None
 
     @field_validator("num_shared_experts", mode="before")
     @classmethod
@@ -201,34 +201,7 @@ class KimiLinearConfig(BaseModel):
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of a model directory.
-
-    Raises:
-        CheckpointError: the file cannot be read or is not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return content
-
-
 def _as_tuple(value: object) -> tuple[object, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    field = ".".join(map(str, first["loc"]))
-    if not field:
-        return first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        return f"{field} is missing"
-    return f"{field}: {first['msg']}, found {first['input']!r:.80}"

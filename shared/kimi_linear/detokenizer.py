@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Iterable, Sequence
 
-from shared.kimi_linear.tokenizer import Tokenizer
+from shared.kimi_linear.tokenizer.interface import Tokenizer
 
 
 class IncrementalDetokenizer:

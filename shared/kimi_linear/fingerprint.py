@@ -7,7 +7,8 @@ from typing import Final
 import xxhash
 
 from shared.errors import CheckpointError
-from shared.kimi_linear.config import CONFIG_FILE, read_json
+from shared.kimi_linear.config import CONFIG_FILE
+from shared.kimi_linear.model_files import read_json
 
 BLOCK_BYTES: Final = 2**20
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from shared.errors import CheckpointError
 from shared.kimi_linear.config import CONFIG_FILE, GENERATION_CONFIG_FILE, KimiLinearConfig
-from shared.kimi_linear.tokenizer import BYTE_TOKENIZER_FILE, BYTES, ByteTokenizerFile
+from shared.kimi_linear.tokenizer.byte_level import BYTE_TOKENIZER_FILE, BYTES, ByteTokenizerFile
 
 PresetName = Literal["tiny", "small"]
 Array = NDArray[Any]

@@ -8,7 +8,7 @@ from services.cli.checks import Finding, check_gateway, check_model, check_redis
 from services.cli.doctor import examine, line_of
 from services.cli.free_ports import free_ports
 from shared.kimi_linear.presets import write_random_checkpoint
-from shared.kimi_linear.tokenizer import BYTE_TOKENIZER_FILE
+from shared.kimi_linear.tokenizer.byte_level import BYTE_TOKENIZER_FILE
 from shared.observability.health import add_health_routes, listening
 
 pytestmark = pytest.mark.asyncio

@@ -16,7 +16,7 @@ from services.gateway.completion_request import (
 from services.gateway.error_responses import describe
 from services.gateway.served_model import ServedModel
 from shared.errors import InvalidRequestError, ModelNotFoundError
-from shared.kimi_linear.tokenizer import ByteLevelTokenizer, ByteTokenizerFile
+from shared.kimi_linear.tokenizer.byte_level import ByteLevelTokenizer, ByteTokenizerFile
 from shared.messages import Job
 
 TEXT_MODEL = ServedModel(

@@ -7,7 +7,7 @@ from services.gateway.completion_request import make_job, parse_completion_reque
 from services.gateway.completion_response import CompletionWriter, token_text
 from services.gateway.completion_text import CompletionText
 from services.gateway.served_model import ServedModel
-from shared.kimi_linear.tokenizer import ByteLevelTokenizer, ByteTokenizerFile
+from shared.kimi_linear.tokenizer.byte_level import ByteLevelTokenizer, ByteTokenizerFile
 from shared.messages import FinishReason, Token, TokenEvent
 from tests.gateway.decode_peer import TIMINGS
 

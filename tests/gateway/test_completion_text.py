@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.gateway.completion_text import CompletionText, TextPiece, join
-from shared.kimi_linear.tokenizer import ByteLevelTokenizer, ByteTokenizerFile
+from shared.kimi_linear.tokenizer.byte_level import ByteLevelTokenizer, ByteTokenizerFile
 from shared.messages import FinishReason, Token, TokenEvent
 
 TOKENIZER = ByteLevelTokenizer(ByteTokenizerFile(vocab_size=512))

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared.kimi_linear.detokenizer import IncrementalDetokenizer, StopStrings
-from shared.kimi_linear.tokenizer import ByteLevelTokenizer, ByteTokenizerFile
+from shared.kimi_linear.tokenizer.byte_level import ByteLevelTokenizer, ByteTokenizerFile
 
 TOKENIZER = ByteLevelTokenizer(ByteTokenizerFile(vocab_size=320))
 

@@ -9,8 +9,8 @@ from shared.errors import CheckpointError
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.engine import Engine
 from shared.kimi_linear.fingerprint import fingerprint
-from shared.kimi_linear.presets import EOS, PRESETS, write_random_checkpoint
-from shared.kimi_linear.tokenizer import load_tokenizer
+from shared.kimi_linear.presets import EOS, PRESETS, VOCABULARY, write_random_checkpoint
+from shared.kimi_linear.tokenizer.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def tiny(tiny_directory: Path) -> Engine:
 
 def test_the_directory_says_what_the_preset_says(tiny_directory: Path) -> None:
     config = KimiLinearConfig.from_directory(tiny_directory)
-    tokenizer = load_tokenizer(tiny_directory)
+    tokenizer = load_tokenizer(tiny_directory, VOCABULARY)
     assert config == PRESETS["tiny"].config
     assert config.eos_token_ids == (EOS,)
     assert tokenizer is not None
@@ -51,7 +51,7 @@ def test_a_directory_with_anything_in_it_is_left_alone(tmp_path: Path) -> None:
 def test_the_greedy_text_is_printable_and_does_not_repeat_itself(
     tiny: Engine, tiny_directory: Path
 ) -> None:
-    tokenizer = load_tokenizer(tiny_directory)
+    tokenizer = load_tokenizer(tiny_directory, VOCABULARY)
     assert tokenizer is not None
     state = tiny.new_state()
     logits = tiny.prefill(tokenizer.encode("The quick brown fox"), state)
