@@ -1,20 +1,15 @@
 """Loads the published weight files into `weights`, checking every tensor's name and shape."""
 
-import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from shared.errors import CheckpointError
 from shared.kimi_linear.config import KimiLinearConfig
-from shared.kimi_linear.fingerprint import fingerprint
-from shared.kimi_linear.model_files import read_json
+from shared.kimi_linear.read_progress import ReadProgress, unobserved
+from shared.kimi_linear.safetensors_header import Shape
+from shared.kimi_linear.tensor_files import TensorFiles
 from shared.kimi_linear.weights import (
     DenseWeights,
     KdaWeights,
@@ -24,33 +19,34 @@ from shared.kimi_linear.weights import (
     ModelWeights,
 )
 
-__all__ = ["fingerprint", "load_weights"]
-
-WEIGHTS_FILE: Final = "model.safetensors"
-INDEX_FILE: Final = "model.safetensors.index.json"
-FLOAT_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-
-Shape = tuple[int, ...]
+__all__ = ["load_weights"]
 
 
 def load_weights(
-    directory: str | Path, config: KimiLinearConfig, dtype: torch.dtype
+    directory: str | Path,
+    config: KimiLinearConfig,
+    dtype: torch.dtype,
+    progress: ReadProgress = unobserved,
 ) -> ModelWeights:
     """Load a checkpoint, one file or sharded, in fp32, bf16 or fp16.
+
+    It takes the memory of the result and of one tensor more: files are mapped, and every tensor is
+    copied once.
 
     Args:
         directory: holds `model.safetensors`, or `model.safetensors.index.json` and what it names.
         config: of the same directory.
         dtype: of the matrices in the result.
+        progress: told of the bytes of tensors that the model has.
 
     Raises:
         CheckpointError: a file or tensor is missing, damaged, of another shape than the
             configuration says, or unknown to the model; names the tensor, its expected and its
             found shape.
     """
-    with _Checkpoint(Path(directory), dtype) as checkpoint:
-        weights = _model(checkpoint, config)
-        checkpoint.refuse_unread(_Ignored(config))
+    with TensorFiles(Path(directory), _Ignored(config), progress) as files:
+        weights = _model(_Checkpoint(files, dtype), config)
+        files.refuse_unread()
     return weights
 
 
@@ -165,7 +161,7 @@ class _Ignored:
         self._layers = config.num_hidden_layers
         self._tied = config.tie_word_embeddings
 
-    def __contains__(self, name: str) -> bool:
+    def __call__(self, name: str) -> bool:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         predicts_further_tokens = layer is not None and int(layer[1]) >= self._layers
         tied_head = self._tied and name == "lm_head.weight"
@@ -176,32 +172,16 @@ class _Ignored:
 
 
 class _Checkpoint:
-    """The tensors of a directory by name, each read once; singleton dimensions do not matter."""
+    """Reads tensors into new ones of the shape and dtype that the model has them in."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        self._directory = directory
+    def __init__(self, files: TensorFiles, dtype: torch.dtype) -> None:
+        self._files = files
         self._dtype = dtype
-        self._files: dict[Path, Any] = {}
-        self._unread: dict[str, Path] = {}
-
-    def __enter__(self) -> Self:
-        for path in self._weight_files():
-            self._files[path] = _open(path)
-            self._unread.update(dict.fromkeys(self._files[path].keys(), path))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._files.clear()
 
     def matrix(self, name: str, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, in the dtype of the checkpoint's matrices unless another is given."""
         target = torch.empty(shape, dtype=dtype or self._dtype)
-        self._read_into(target, name)
+        self._files.read_into(target, name)
         return target
 
     def vector(self, name: str, length: int) -> Tensor:
@@ -215,85 +195,5 @@ class _Checkpoint:
         target = torch.empty(rows, columns, dtype=self._dtype)
         parts = torch.split(target, [shape[0] for shape in shapes.values()])
         for name, part in zip(shapes, parts, strict=True):
-            self._read_into(part, name)
+            self._files.read_into(part, name)
         return target
-
-    def refuse_unread(self, ignored: _Ignored) -> None:
-        """Refuse tensors that nothing asked for: the model would compute something else."""
-        unknown = sorted(name for name in self._unread if name not in ignored)
-        if unknown:
-            raise CheckpointError(
-                f"{self._directory}: {len(unknown)} tensors are not part of this architecture, "
-                f"the first is {unknown[0]}"
-            )
-
-    def _weight_files(self) -> Iterable[Path]:
-        single, index = self._directory / WEIGHTS_FILE, self._directory / INDEX_FILE
-        if not index.exists():
-            return [single]
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: weight_map is missing, or names no tensor")
-        names = sorted(set(map(str, weight_map.values())))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise CheckpointError(
-                f"{index}: weight_map leads out of the directory, to {outside[0]}"
-            )
-        return [self._directory / name for name in names]
-
-    def _read_into(self, target: Tensor, name: str) -> None:
-        path = self._unread.pop(name, None)
-        expected = tuple(target.shape)
-        if path is None:
-            raise CheckpointError(
-                f"{self._directory}: tensor {name} is missing, expected shape {expected}"
-            )
-        file = self._files[path]
-        found = tuple(file.get_slice(name).get_shape())
-        if _without_singletons(found) != _without_singletons(expected):
-            raise CheckpointError(f"{path}: tensor {name} has shape {found}, expected {expected}")
-        tensor: Tensor = file.get_tensor(name)
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {name} is {tensor.dtype}, expected one of "
-                + ", ".join(map(str, FLOAT_DTYPES))
-            )
-        target.copy_(tensor.view(target.shape))
-
-
-def _without_singletons(shape: Shape) -> Shape:
-    return tuple(size for size in shape if size != 1)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except OSError:
-        raise CheckpointError(f"{path} is missing or cannot be read") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {_cut_off_tensor(path) or error}") from None
-
-
-def _cut_off_tensor(path: Path) -> str | None:
-    """Name the first tensor that the file ends before, which the library does not say.
-
-    The format: eight bytes with the length of the header, the header as JSON, the tensors' bytes.
-    """
-    with path.open("rb") as file:
-        header_length = int.from_bytes(file.read(8), "little")
-        header_bytes = file.read(min(header_length, path.stat().st_size))
-    try:
-        header: dict[str, dict[str, Any]] = json.loads(header_bytes)
-    except ValueError:
-        return None
-    present = path.stat().st_size - 8 - header_length
-    header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][1]):
-        start, stop = entry["data_offsets"]
-        if stop > present:
-            return (
-                f"tensor {name} of shape {tuple(entry['shape'])} is cut off, expected "
-                f"{stop - start} bytes, found {max(0, present - start)}"
-            )
-    return None
