@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import ParamSpec, Self, TypeVar
 
 Parameters = ParamSpec("Parameters")
@@ -25,9 +26,12 @@ class ComputeThread:
         *arguments: Parameters.args,
         **options: Parameters.kwargs,
     ) -> Result:
-        """Compute in the thread, and wait for the result."""
+        """Compute in the thread, with the caller's context variables, and wait for the result."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, lambda: compute(*arguments, **options))
+        context = copy_context()
+        return await loop.run_in_executor(
+            self._executor, lambda: context.run(compute, *arguments, **options)
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -31,6 +31,15 @@ RedisUrl = Annotated[str, AfterValidator(_check_redis_url)]
 Port = Annotated[int, Field(ge=0, lt=65536)]
 
 
+def user_cache_directory() -> Path | None:
+    """Where the XDG Base Directory Specification puts our cache; None for a user without a home."""
+    home = os.path.expanduser("~")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.join(home, ".cache")
+    return Path(base) / "prfaas" if os.path.isabs(base) else None
+
+
 class Settings(BaseSettings):
     """What every process can be told."""
 
@@ -103,6 +112,10 @@ class WorkerSettings(ServiceSettings):
     drain_timeout: Seconds = Field(30, description="seconds that jobs may go on at shutdown")
     health_host: str = Field("127.0.0.1", description="address of the health and metrics endpoints")
     health_port: Port = Field(0, description="port of those endpoints; 0 takes a free one")
+    cache: Path | None = Field(
+        default_factory=user_cache_directory,
+        description="directory that remembers fingerprints of checkpoints, if it can be written",
+    )
 
 
 class PrefillWorkerSettings(WorkerSettings):

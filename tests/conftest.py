@@ -17,6 +17,14 @@ from services.cli.embedded_valkey import embedded_valkey
 os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def caches_of_the_test_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave the developer's own caches alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+        yield
+
+
 @pytest_asyncio.fixture(scope="session")
 async def embedded_url() -> AsyncIterator[str]:
     async with embedded_valkey() as valkey:

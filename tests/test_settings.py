@@ -1,8 +1,15 @@
 """Settings: flags over environment over defaults, and every mistake named in one line."""
 
+from pathlib import Path
+
 import pytest
 
-from shared.settings import GatewaySettings, KvStoreSettings, load_settings
+from shared.settings import (
+    GatewaySettings,
+    KvStoreSettings,
+    PrefillWorkerSettings,
+    load_settings,
+)
 
 
 def test_flags_win_over_the_environment_and_that_over_defaults(
@@ -50,3 +57,22 @@ def test_a_variable_that_is_no_setting_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_passwords_are_not_shown_with_the_settings() -> None:
     settings = load_settings(KvStoreSettings, "test", ["--redis-url", "redis://:secret@host"])
     assert "secret" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("variables", "cache"),
+    [
+        ({"HOME": "/home/me", "XDG_CACHE_HOME": ""}, Path("/home/me/.cache/prfaas")),
+        ({"HOME": "/home/me", "XDG_CACHE_HOME": "/fast"}, Path("/fast/prfaas")),
+        ({"HOME": "/home/me", "XDG_CACHE_HOME": "not/absolute"}, Path("/home/me/.cache/prfaas")),
+        ({"HOME": "/home/me", "PRFAAS_CACHE": "/volume"}, Path("/volume")),
+        ({"HOME": "nowhere", "XDG_CACHE_HOME": ""}, None),
+    ],
+)
+def test_the_cache_is_where_this_user_keeps_caches(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], cache: Path | None
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings(PrefillWorkerSettings, "test", ["--model", "model"])
+    assert settings.cache == cache

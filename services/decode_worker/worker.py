@@ -2,15 +2,14 @@
 
 import asyncio
 
-import structlog
 from prometheus_client import CollectorRegistry
 
 from services.decode_worker.batch import ContinuousBatch
 from services.decode_worker.decode import DecodeHandler
 from services.decode_worker.metrics import DecodeMetrics
 from shared.compute_thread import ComputeThread
-from shared.kimi_linear.engine import Engine
 from shared.messages import WorkerRegistration
+from shared.model_loading import load_engine
 from shared.observability.logging import configure_logging
 from shared.process import new_identity
 from shared.settings import DecodeWorkerSettings
@@ -19,8 +18,6 @@ from shared.streams.job_queue import JobQueue
 from shared.streams.state_store import StateStore
 from shared.streams.token_stream import TokenPublisher
 from shared.worker_process import run_worker
-
-log = structlog.get_logger()
 
 
 async def serve(settings: DecodeWorkerSettings, stop: asyncio.Event) -> None:
@@ -31,10 +28,7 @@ async def serve(settings: DecodeWorkerSettings, stop: asyncio.Event) -> None:
     metrics = DecodeMetrics(registry)
     held = settings.slots + settings.waiting
     with ComputeThread() as compute:
-        engine = await compute.run(
-            Engine.load, settings.model, settings.dtype, settings.threads or None
-        )
-        log.info("model loaded", fingerprint=engine.fingerprint, layout=engine.layout.signature)
+        engine = await load_engine(settings, compute)
         async with (
             connect(settings.redis_url) as redis,
             # Every held request waits for its prefill's events in a connection of its own.

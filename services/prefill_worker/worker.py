@@ -2,14 +2,13 @@
 
 import asyncio
 
-import structlog
 from prometheus_client import CollectorRegistry
 
 from services.prefill_worker.metrics import PrefillMetrics
 from services.prefill_worker.prefill import PrefillHandler
 from shared.compute_thread import ComputeThread
-from shared.kimi_linear.engine import Engine
 from shared.messages import WorkerRegistration
+from shared.model_loading import load_engine
 from shared.observability.logging import configure_logging
 from shared.process import new_identity
 from shared.settings import PrefillWorkerSettings
@@ -18,8 +17,6 @@ from shared.streams.job_queue import JobQueue
 from shared.streams.state_store import StateStore
 from shared.worker_process import run_worker
 
-log = structlog.get_logger()
-
 
 async def serve(settings: PrefillWorkerSettings, stop: asyncio.Event) -> None:
     """Prefill jobs of the region until `stop` is set."""
@@ -27,10 +24,7 @@ async def serve(settings: PrefillWorkerSettings, stop: asyncio.Event) -> None:
     configure_logging(settings, "prefill_worker", worker_id)
     registry = CollectorRegistry()
     with ComputeThread() as compute:
-        engine = await compute.run(
-            Engine.load, settings.model, settings.dtype, settings.threads or None
-        )
-        log.info("model loaded", fingerprint=engine.fingerprint, layout=engine.layout.signature)
+        engine = await load_engine(settings, compute)
         async with connect(settings.redis_url) as redis:
             await run_worker(
                 settings,

@@ -12,7 +12,9 @@ from shared.kernels.dispatch import kernels_for
 from shared.kimi_linear.checkpoint import load_weights
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.fingerprint import fingerprint
+from shared.kimi_linear.fingerprint_cache import FingerprintCache
 from shared.kimi_linear.model import KimiLinear
+from shared.kimi_linear.read_progress import ReadProgress, unobserved
 from shared.kimi_linear.request_state import RequestState
 from shared.kimi_linear.state_layout import DTypeName, StateLayout
 
@@ -46,7 +48,16 @@ class Engine:
         self.fingerprint = fingerprint
 
     @classmethod
-    def load(cls, directory: str | Path, dtype: DTypeName, threads: int | None = None) -> Self:
+    def load(
+        cls,
+        directory: str | Path,
+        dtype: DTypeName,
+        threads: int | None = None,
+        *,
+        cache: FingerprintCache | None = None,
+        progress: ReadProgress = unobserved,
+        hash_progress: ReadProgress = unobserved,
+    ) -> Self:
         """Load a model directory.
 
         Args:
@@ -54,6 +65,9 @@ class Engine:
             dtype: of weights, activations, latents and convolution states.
             threads: processor threads of this process's tensor operations; None leaves them as
                 they are.
+            cache: of fingerprints; without it, all weights are hashed every time.
+            progress: told of the weights as they are loaded.
+            hash_progress: told of the weights as they are hashed after that, if they are.
 
         Raises:
             CheckpointError: the directory is incomplete, damaged or of another architecture.
@@ -62,9 +76,11 @@ class Engine:
             torch.set_num_threads(threads)
         config = KimiLinearConfig.from_directory(directory)
         with torch.inference_mode():
-            weights = load_weights(directory, config, DTYPES[dtype])
+            weights = load_weights(directory, config, DTYPES[dtype], progress)
         model = KimiLinear(weights, config, kernels_for("cpu"))
-        return cls(model, config, config.state_layout(dtype), fingerprint(directory))
+        # After loading: what is hashed is in the page cache now.
+        identify = cache.fingerprint if cache else fingerprint
+        return cls(model, config, config.state_layout(dtype), identify(directory, hash_progress))
 
     def new_state(self) -> RequestState:
         """The state of a request before its first token."""

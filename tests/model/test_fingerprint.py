@@ -71,3 +71,20 @@ def test_a_directory_without_weights_has_no_name(
     (tmp_path / "config.json").write_text(json.dumps(reference_config))
     with pytest.raises(CheckpointError, match="no safetensors"):
         fingerprint(tmp_path)
+
+
+def test_a_weight_file_that_cannot_be_read_is_named(directory: Path) -> None:
+    (directory / "second.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"second\.safetensors: Is a directory"):
+        fingerprint(directory)
+
+
+def test_progress_counts_the_bytes_of_all_weight_files(directory: Path) -> None:
+    weights = (directory / "model.safetensors").read_bytes()
+    (directory / "second.safetensors").write_bytes(weights)
+    calls: list[tuple[int, int]] = []
+    fingerprint(directory, lambda read_bytes, total_bytes: calls.append((read_bytes, total_bytes)))
+    total = 2 * len(weights)
+    assert calls[0] == (0, total)
+    assert calls[-1] == (total, total)
+    assert calls == sorted(calls)
