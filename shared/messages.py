@@ -19,8 +19,10 @@ from pydantic import (
 
 from shared.errors import MessageError
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
+MOST_BIASED_TOKENS: Final = 300
+LARGEST_BIAS: Final = 100
 
 
 def _pack_token_ids(token_ids: tuple[int, ...]) -> bytes:
@@ -42,6 +44,8 @@ TokenIds = Annotated[
 Milliseconds = Annotated[float, Field(ge=0)]
 Identifier = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Epoch = Annotated[int, Field(ge=1)]
+Bias = Annotated[float, Field(ge=-LARGEST_BIAS, le=LARGEST_BIAS)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Message(BaseModel):
@@ -54,11 +58,25 @@ class Message(BaseModel):
 
 
 class Sampling(Message):
-    """How a token is drawn; with the position and the logits it determines the token."""
+    """How a token is drawn; with position, logits and the tokens so far it determines the token."""
 
     temperature: Annotated[float, Field(ge=0)]
     top_p: Annotated[float, Field(gt=0, le=1)]
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Most likely tokens to draw from; 0 is all of them."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Least probability to draw a token at, as a part of the most likely one's."""
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Of tokens in prompt or text; 1 is none."""
+    presence_penalty: Penalty = 0.0
+    """Of tokens in the text."""
+    frequency_penalty: Penalty = 0.0
+    """Of tokens in the text, for each time."""
+    logit_bias: Annotated[
+        tuple[tuple[TokenId, Bias], ...], Field(max_length=MOST_BIASED_TOKENS)
+    ] = ()
+    """What is added to the logits of which tokens, each of them once."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Alternatives to report beside each token; None reports no log probabilities at all."""
 

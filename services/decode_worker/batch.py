@@ -114,11 +114,7 @@ class ContinuousBatch:
 
 
 def _sample(members: list[_Member], logits: Tensor) -> list[Token]:
-    return sample(
-        logits,
-        [member.sequence.job.sampling for member in members],
-        [member.sequence.position for member in members],
-    )
+    return sample(logits, [member.sequence.draw for member in members])
 
 
 def _without_broken(

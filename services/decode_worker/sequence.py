@@ -2,6 +2,7 @@
 
 from time import monotonic
 
+from shared.kimi_linear.sampling import Draw
 from shared.messages import FinishReason, Job, Manifest, Timings, Token, TokenEvent
 from shared.streams.job_queue import Attempt
 
@@ -20,6 +21,7 @@ class Sequence:
         self.attempt = attempt
         self.manifest = manifest
         self.tokens = list(tokens)
+        self._draw: Draw | None = None
         self.finished = False
         self._transfer_seconds = 0.0
         self._raw_bytes = 0
@@ -44,9 +46,12 @@ class Sequence:
         return self.tokens[-1].token_id
 
     @property
-    def position(self) -> int:
-        """Position, in prompt and text together, of the token that comes next."""
-        return len(self.job.prompt) + len(self.tokens)
+    def draw(self) -> Draw:
+        """What the next token is drawn by; the first look goes through prompt and text."""
+        if self._draw is None:
+            text = [token.token_id for token in self.tokens]
+            self._draw = Draw.of(self.job.sampling, self.job.prompt, text)
+        return self._draw
 
     def accept(self, token: Token) -> TokenEvent:
         """Take the next token; gives the event that tells of it.
@@ -57,6 +62,8 @@ class Sequence:
         reason = finish_reason(self.job, index + 1, token.token_id)
         emitted = () if reason == "stop" else (token,)
         self.tokens.append(token)
+        if self._draw is not None:
+            self._draw = self._draw.followed_by(token.token_id)
         self.finished = reason is not None
         return TokenEvent(
             request_id=self.job.request_id,

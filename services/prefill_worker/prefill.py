@@ -15,7 +15,7 @@ from shared.compute_thread import ComputeThread
 from shared.job_state import JobState
 from shared.kimi_linear.engine import Engine
 from shared.kimi_linear.request_state import RequestState
-from shared.kimi_linear.sampling import sample
+from shared.kimi_linear.sampling import Draw, sample
 from shared.messages import Job, Manifest, PrefillDone, PrefillFailed, PrefillStarted, Token
 from shared.settings import PrefillWorkerSettings
 from shared.streams.job_queue import Attempt
@@ -93,10 +93,14 @@ class PrefillHandler:
             await parts.put(Latents(start, start + len(chunk), latents))
         await parts.put(await self._compute.run(state.snapshot))
         assert logits is not None, "a job's prompt is never empty"  # noqa: S101
-        (token,) = await self._compute.run(sample, logits[None], [job.sampling], [len(job.prompt)])
-        return token
+        return await self._compute.run(_first_token, job, logits)
 
     def _prefill_chunk(self, chunk: tuple[int, ...], state: RequestState) -> tuple[Tensor, Tensor]:
         start = state.length
         logits = self._engine.prefill(chunk, state)
         return logits, state.export_latents(start, state.length)
+
+
+def _first_token(job: Job, logits: Tensor) -> Token:
+    (token,) = sample(logits[None], [Draw.of(job.sampling, job.prompt)])
+    return token

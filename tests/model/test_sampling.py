@@ -1,6 +1,12 @@
-"""A token is a pure function of seed, position and logits, of the distribution asked for."""
+"""A token is a pure function of seed, position, logits and history, and as likely as asked for."""
 
+import hashlib
 import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,19 +15,59 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import BrokenLogitsError
-from shared.kimi_linear.sampling import IMPOSSIBLE_LOGPROB, nucleus, sample, uniform
-from shared.messages import Sampling
+from shared.kimi_linear.philox import uniform
+from shared.kimi_linear.sampling import IMPOSSIBLE_LOGPROB, Draw, sample
+from shared.messages import Sampling, Token, encode
 
 VOCABULARY = 12
 
-finite_rows = st.lists(st.floats(-30, 30, width=32), min_size=VOCABULARY, max_size=VOCABULARY)
+token_lists = st.lists(st.integers(0, VOCABULARY - 1), max_size=6)
+seeds = st.integers(-(2**63), 2**63 - 1)
+quarters = st.integers(-8, 8).map(lambda number: number / 4)
+# Multiples of a quarter stay exact under the penalties below, and no sum of a few of their
+# exponentials comes near these parts of the whole: rounding decides nothing.
 samplings = st.builds(
     Sampling,
-    temperature=st.sampled_from([0.0, 0.2, 1.0, 2.0]),
-    top_p=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
-    seed=st.integers(-(2**63), 2**63 - 1),
+    temperature=st.sampled_from([0.0, 0.25, 1.0, 2.0]),
+    top_p=st.sampled_from([0.137, 0.53, 0.91, 1.0]),
+    top_k=st.sampled_from([0, 1, 3, 8, 100]),
+    min_p=st.sampled_from([0.0, 0.013, 0.37]),
+    repetition_penalty=st.sampled_from([0.5, 1.0, 2.0]),
+    presence_penalty=quarters,
+    frequency_penalty=quarters,
+    logit_bias=st.dictionaries(st.integers(0, VOCABULARY - 1), quarters, max_size=3).map(
+        lambda bias: tuple(bias.items())
+    ),
+    seed=seeds,
     top_logprobs=st.sampled_from([None, 0, 3]),
 )
+
+
+@dataclass(frozen=True)
+class Request:
+    """A row of logits, and what belongs to it."""
+
+    row: tuple[float, ...]
+    sampling: Sampling
+    prompt: tuple[int, ...]
+    text: tuple[int, ...]
+
+    @property
+    def draw(self) -> Draw:
+        return Draw.of(self.sampling, self.prompt, self.text)
+
+
+def rows_of(values: st.SearchStrategy[float]) -> st.SearchStrategy[tuple[float, ...]]:
+    return st.lists(values, min_size=VOCABULARY, max_size=VOCABULARY).map(tuple)
+
+
+def requests_with(values: st.SearchStrategy[float]) -> st.SearchStrategy[Request]:
+    tokens = token_lists.map(tuple)
+    return st.builds(Request, rows_of(values), samplings, tokens, tokens)
+
+
+requests = requests_with(st.floats(-30, 30, width=32))
+exact_requests = requests_with(st.integers(-20, 20).map(lambda number: number / 4))
 
 
 def drawing(**changes: object) -> Sampling:
@@ -29,135 +75,198 @@ def drawing(**changes: object) -> Sampling:
     return Sampling.model_validate({**fields, **changes})
 
 
+def sample_all(asked: Sequence[Request]) -> list[bytes]:
+    """The tokens as they go over the wire, so that equal means equal in every bit."""
+    logits = torch.tensor([request.row for request in asked])
+    return [encode(token) for token in sample(logits, [request.draw for request in asked])]
+
+
+def token_of(row: Sequence[float], sampling: Sampling, position: int = 0) -> Token:
+    (token,) = sample(torch.tensor([row]), [Draw.of(sampling, [0] * position)])
+    return token
+
+
 # --- pure ------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    requests=st.lists(
-        st.tuples(finite_rows, samplings, st.integers(0, 2**40)), min_size=1, max_size=5
-    )
-)
-def test_the_rest_of_the_batch_does_not_matter(
-    requests: list[tuple[list[float], Sampling, int]],
-) -> None:
-    rows, wanted, positions = zip(*requests, strict=True)
-    together = sample(torch.tensor(rows), wanted, positions)
-    alone = [
-        sample(torch.tensor([row]), [sampling], [position])[0]
-        for row, sampling, position in requests
+@given(asked=st.lists(requests, min_size=1, max_size=6))
+def test_the_rest_of_the_batch_does_not_matter(asked: list[Request]) -> None:
+    together = sample_all(asked)
+    assert together == [sample_all([request])[0] for request in asked]
+    assert together[::-1] == sample_all(asked[::-1])
+
+
+def large_batch() -> tuple[torch.Tensor, list[Draw]]:
+    """Rows of many tokens, flat and steep, with every combination of parameters."""
+    generator = torch.Generator().manual_seed(5)
+    asked = [
+        drawing(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=penalty,
+            frequency_penalty=penalty - 1,
+            top_logprobs=top_logprobs,
+            seed=top_k,
+        )
+        for temperature in (0, 0.7, 1.3)
+        for top_p in (0.9, 1)
+        for top_k, min_p in ((0, 0), (40, 0), (3000, 0.001))
+        for penalty, top_logprobs in ((1, None), (1.2, 20))
     ]
-    assert together == alone
-    backwards = sample(torch.tensor(rows[::-1]), wanted[::-1], positions[::-1])
-    assert backwards == together[::-1]
+    steepness = torch.linspace(0.5, 6, len(asked))[:, None]
+    logits = torch.randn(len(asked), 20_011, generator=generator) * steepness
+    prompt, text = range(0, 20_000, 7), range(0, 20_000, 5)
+    return logits, [Draw.of(sampling, prompt, text) for sampling in asked]
 
 
-@pytest.mark.parametrize(
-    ("seed", "position", "expected"),
-    [
-        (0, 0, 0.011546754286331562),
-        (0, 1, 0.8133540609793564),
-        (-1, 0, 0.23494158814525556),
-        (2**63 - 1, 2**40, 0.8413283553663722),
-    ],
-)
-def test_random_numbers_are_the_same_on_every_machine(
-    seed: int, position: int, expected: float
+def digest(tokens: Sequence[Token]) -> str:
+    return hashlib.sha256(b"".join(map(encode, tokens))).hexdigest()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16])
+def test_no_bit_depends_on_how_many_rows_of_a_large_vocabulary_are_sampled_together(
+    size: int,
 ) -> None:
-    assert uniform(seed, position) == expected
+    logits, draws = large_batch()
+    parts: list[Token] = []
+    for start in range(0, len(draws), size):
+        parts += sample(logits[start : start + size], draws[start : start + size])
+    assert digest(parts) == digest(sample(logits, draws))
 
 
-@given(seed=st.integers(-(2**63), 2**63 - 1), position=st.integers(0, 2**63))
-def test_random_numbers_are_in_the_unit_interval(seed: int, position: int) -> None:
-    assert 0 <= uniform(seed, position) < 1
+def test_no_bit_depends_on_the_process_or_its_threads() -> None:
+    program = """if True:
+        import torch
+        from tests.model.test_sampling import digest, large_batch, sample
+        torch.set_num_threads(3)
+        print(digest(sample(*large_batch())))
+    """
+    output = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert output.strip() == digest(sample(*large_batch()))
 
 
-def test_seeds_and_positions_give_unrelated_numbers() -> None:
-    by_position = np.array([uniform(1, position) for position in range(2000)])
-    by_seed = np.array([uniform(seed, 1) for seed in range(2000)])
-    for numbers in (by_position, by_seed):
-        assert abs(numbers.mean() - 0.5) < 0.03
-        assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.06
+def test_the_logits_are_left_as_they_are() -> None:
+    logits, draws = large_batch()
+    before = logits.clone()
+    sample(logits, draws)
+    assert torch.equal(logits, before)
+
+
+def test_a_draw_that_followed_its_tokens_is_the_one_of_the_whole_text() -> None:
+    sampling = drawing(repetition_penalty=1.5, frequency_penalty=0.5, top_logprobs=2)
+    draw = Draw.of(sampling, [1, 2, 3])
+    text: list[int] = []
+    for step in range(40):
+        logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(step))
+        grown, anew = sample(logits.expand(2, -1), [draw, Draw.of(sampling, [1, 2, 3], text)])
+        assert grown == anew
+        text.append(grown.token_id)
+        draw = draw.followed_by(grown.token_id)
+
+
+def test_an_empty_batch_has_no_tokens() -> None:
+    assert sample(torch.empty(0, 5), []) == []
 
 
 # --- from the right distribution -------------------------------------------------------------
 
 
+def by_the_book(request: Request) -> list[float]:
+    """The probabilities that the definitions give, token by token, in the order of vLLM."""
+    sampling, text = request.sampling, request.text
+    logits = list(request.row)
+    for token, bias in sampling.logit_bias:
+        logits[token] += bias
+    for token in {*request.prompt, *text}:
+        factor = sampling.repetition_penalty
+        logits[token] *= 1 / factor if logits[token] > 0 else factor
+        logits[token] -= text.count(token) * sampling.frequency_penalty
+        logits[token] -= (token in text) * sampling.presence_penalty
+    order = sorted(range(VOCABULARY), key=lambda token: (-logits[token], token))
+    if sampling.temperature == 0:
+        return [float(token == order[0]) for token in range(VOCABULARY)]
+    top = logits[order[0]]
+    weights = [math.exp((logit - top) / sampling.temperature) for logit in logits]
+    order = order[: sampling.top_k or None]
+    order = [token for token in order if weights[token] >= sampling.min_p]
+    enough = sampling.top_p * sum(weights[token] for token in order)
+    before = np.cumsum([0, *(weights[token] for token in order)])[:-1]
+    nucleus = [token for token, mass in zip(order, before, strict=True) if mass < enough]
+    total = sum(weights[token] for token in nucleus)
+    return [weights[token] / total if token in nucleus else 0 for token in range(VOCABULARY)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(request=exact_requests)
+def test_the_token_is_where_its_number_falls_among_the_probabilities(request: Request) -> None:
+    (token,) = sample(torch.tensor([request.row]), [request.draw])
+    probabilities = by_the_book(request)
+    probability = probabilities[token.token_id]
+    assert probability > 0
+    if request.sampling.temperature > 0:
+        before = sum(probabilities[: token.token_id])
+        number = uniform(request.sampling.seed, len(request.prompt) + len(request.text))
+        assert before - 1e-6 <= number <= before + probability + 1e-6
+
+
 def test_temperature_zero_takes_the_first_of_the_most_likely() -> None:
-    logits = torch.tensor([[0.0, 7.0, 7.0, 1.0]])
-    assert sample(logits, [drawing(temperature=0)], [3])[0].token_id == 1
+    assert token_of([0.0, 7.0, 7.0, 1.0], drawing(temperature=0)).token_id == 1
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_are_the_softmax_at_the_temperature(temperature: float) -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    draws = 4000
-    tokens = sample(
-        logits.expand(draws, 4), [drawing(temperature=temperature)] * draws, range(draws)
-    )
+    draws = [Draw(drawing(temperature=temperature), position, None) for position in range(4000)]
+    tokens = sample(logits.expand(len(draws), 4), draws)
     counts = np.bincount([token.token_id for token in tokens], minlength=4)
     expected = (logits / temperature).softmax(dim=-1).numpy()
-    assert np.abs(counts / draws - expected).max() < 0.03
+    assert np.abs(counts / len(draws) - expected).max() < 0.03
 
 
-def plain_nucleus(probabilities: list[float], top_p: float) -> set[int]:
-    kept: set[int] = set()
-    mass = 0.0
-    for token in sorted(range(len(probabilities)), key=lambda t: (-probabilities[t], t)):
-        kept.add(token)
-        mass += probabilities[token]
-        if mass >= top_p:
-            break
-    return kept
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    eighths=st.lists(st.integers(0, 64), min_size=1, max_size=40).filter(any),
-    top_p=st.integers(1, 63).map(lambda part: part / 64),
-)
-def test_the_nucleus_is_the_smallest_set_of_likely_tokens_with_that_much_mass(
-    eighths: list[int], top_p: float
-) -> None:
-    # Sums of powers of two are exact, so that no rounding decides who is in the nucleus.
-    total = 2 ** math.ceil(math.log2(sum(eighths)))
-    probabilities = [part / total for part in (*eighths, total - sum(eighths))]
-    kept = set(np.flatnonzero(nucleus(np.array(probabilities), top_p)).tolist())
-    assert kept == plain_nucleus(probabilities, top_p)
-
-
-@settings(max_examples=50, deadline=None)
-@given(row=finite_rows, top_p=st.floats(0.05, 0.95), seed=st.integers(0, 2**32))
-def test_only_tokens_of_the_nucleus_are_drawn(row: list[float], top_p: float, seed: int) -> None:
-    probabilities = torch.tensor(row, dtype=torch.float64).softmax(dim=-1).tolist()
-    allowed = plain_nucleus(probabilities, top_p + 1e-9)
-    token = sample(torch.tensor([row]), [drawing(top_p=top_p, seed=seed)], [0])[0]
-    assert token.token_id in allowed
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_largest_bias_forces_a_token(temperature: float) -> None:
+    forced = drawing(temperature=temperature, logit_bias=((2, 100.0),))
+    assert token_of([20.0, 0.0, -20.0, 5.0], forced).token_id == 2
 
 
 # --- log probabilities -----------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
-@given(row=finite_rows, sampling=samplings, count=st.integers(0, VOCABULARY + 3))
-def test_logprobs_are_those_of_the_unfiltered_logits(
-    row: list[float], sampling: Sampling, count: int
+@given(request=requests, count=st.integers(0, VOCABULARY + 3))
+def test_logprobs_are_those_of_the_logits_as_the_model_gave_them(
+    request: Request, count: int
 ) -> None:
-    sampling = sampling.model_copy(update={"top_logprobs": count})
-    token = sample(torch.tensor([row]), [sampling], [0])[0]
-    expected = torch.tensor(row, dtype=torch.float64).log_softmax(dim=-1).tolist()
-    assert token.logprob == pytest.approx(expected[token.token_id])
-    ranked = sorted(range(VOCABULARY), key=lambda t: (-row[t], t))[:count]
+    asked = request.sampling.model_copy(update={"top_logprobs": count})
+    draw = Draw.of(asked, request.prompt, request.text)
+    (token,) = sample(torch.tensor([request.row]), [draw])
+    expected = torch.tensor(request.row, dtype=torch.float64).log_softmax(dim=-1).tolist()
+    assert token.logprob == pytest.approx(expected[token.token_id], rel=1e-6, abs=1e-6)
+    ranked = sorted(range(VOCABULARY), key=lambda t: (-request.row[t], t))[:count]
     assert [other for other, _ in token.top_logprobs] == ranked
     assert [logprob for _, logprob in token.top_logprobs] == pytest.approx(
-        [expected[t] for t in ranked]
+        [expected[t] for t in ranked], rel=1e-6, abs=1e-6
     )
 
 
 def test_logprobs_are_left_out_when_nobody_asked() -> None:
-    token = sample(torch.zeros(1, 4), [drawing()], [0])[0]
+    token = token_of([0.0] * 4, drawing())
     assert token.logprob is None
     assert token.top_logprobs == ()
+
+
+def test_of_equally_likely_tokens_the_lower_are_reported() -> None:
+    token = token_of([0.0] * 300, drawing(top_logprobs=3))
+    assert [other for other, _ in token.top_logprobs] == [0, 1, 2]
 
 
 # --- extreme and broken logits ---------------------------------------------------------------
@@ -168,22 +277,51 @@ def test_impossible_tokens_are_never_drawn(temperature: float) -> None:
     row = [-math.inf, 3e38, -3e38, -math.inf, 3e38]
     sampling = drawing(temperature=temperature, top_logprobs=5)
     for position in range(50):
-        token = sample(torch.tensor([row]), [sampling], [position])[0]
+        token = token_of(row, sampling, position)
         assert token.token_id in ({1} if temperature == 0 else {1, 2, 4})
         reported = [token.logprob, *(logprob for _, logprob in token.top_logprobs)]
         assert all(value is not None and value >= IMPOSSIBLE_LOGPROB for value in reported)
 
 
+@pytest.mark.parametrize("limits", [{"top_k": 4}, {"min_p": 0.0, "top_p": 0.999}, {"min_p": 1e-9}])
+def test_impossible_tokens_are_not_kept_for_want_of_others(limits: dict[str, float]) -> None:
+    row = [-math.inf, 1.0, -math.inf, 2.0, -math.inf]
+    drawn = {token_of(row, drawing(**limits), position).token_id for position in range(50)}
+    assert drawn == {1, 3}
+
+
 def test_one_possible_token_is_certain() -> None:
-    row = torch.full((1, 5), -math.inf)
-    row[0, 3] = -1e30
-    token = sample(row, [drawing(top_p=0.5, top_logprobs=1)], [0])[0]
+    row = [-math.inf] * 5
+    row[3] = -1e30
+    token = token_of(row, drawing(top_p=0.5, top_logprobs=1))
     assert (token.token_id, token.logprob) == (3, 0)
 
 
+def test_equally_likely_tokens_stay_so_however_large_their_logits() -> None:
+    assert token_of([3e38, 3e38], drawing(top_logprobs=0)).logprob == pytest.approx(-math.log(2))
+
+
 @pytest.mark.parametrize("broken", [[math.nan, 0, 0], [math.inf, 0, 0], [-math.inf] * 3])
-def test_logits_that_are_not_numbers_are_refused_with_their_rows(broken: list[float]) -> None:
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_numbers_are_refused_with_their_rows(
+    broken: list[float], temperature: float
+) -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0], broken, [2.0, 1.0, 0.0]])
     with pytest.raises(BrokenLogitsError) as refusal:
-        sample(logits, [drawing()] * 3, [0] * 3)
+        sample(logits, [Draw.of(drawing(temperature=temperature), [])] * 3)
     assert refusal.value.rows == (1,)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    row=rows_of(st.floats(width=32, allow_nan=False, allow_infinity=False)),
+    sampling=samplings,
+    repetition_penalty=st.floats(0, exclude_min=True, allow_infinity=False),
+    text=token_lists,
+)
+def test_no_parameter_breaks_a_sound_row(
+    row: tuple[float, ...], sampling: Sampling, repetition_penalty: float, text: list[int]
+) -> None:
+    asked = sampling.model_copy(update={"repetition_penalty": repetition_penalty})
+    (token,) = sample(torch.tensor([row]), [Draw.of(asked, text, text)])
+    assert 0 <= token.token_id < VOCABULARY

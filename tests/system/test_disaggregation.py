@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.kimi_linear.engine import Engine
-from shared.kimi_linear.sampling import sample
+from shared.kimi_linear.sampling import Draw, sample
 from shared.messages import Sampling
 from tests.system.conftest import System
 
@@ -23,8 +23,8 @@ def in_one_process(
     state = engine.new_state()
     logits = engine.prefill(prompt, state)[None]
     text: list[int] = []
-    for position in range(len(prompt), len(prompt) + tokens):
-        (token,) = sample(logits, [sampling], [position])
+    for _ in range(tokens):
+        (token,) = sample(logits, [Draw.of(sampling, prompt, text)])
         text.append(token.token_id)
         logits = engine.decode([token.token_id], [state])
     return text
@@ -35,24 +35,42 @@ def in_one_process(
     [
         Sampling(temperature=0, top_p=1, seed=0),
         Sampling(temperature=0.8, top_p=0.9, seed=1234),
+        Sampling(
+            temperature=1.2,
+            top_p=0.95,
+            top_k=50,
+            min_p=0.01,
+            repetition_penalty=1.2,
+            presence_penalty=0.5,
+            frequency_penalty=0.25,
+            logit_bias=((7, 1.5), (14, -100)),
+            seed=99,
+        ),
     ],
-    ids=["greedy", "seeded"],
+    ids=["greedy", "seeded", "with every parameter"],
 )
 @pytest.mark.parametrize("length", [1, 65, 1300])
 async def test_the_text_is_that_of_a_single_process(
     system: System, sampling: Sampling, length: int
 ) -> None:
+    asked = sampling.model_dump(exclude={"logit_bias", "top_logprobs"})
     answer = await system.complete(
+        **asked,
+        logit_bias={str(token_id): bias for token_id, bias in sampling.logit_bias},
         prompt=list(PROMPT[:length]),
         max_tokens=24,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
         ignore_eos=True,
         return_token_ids=True,
     )
     expected = await asyncio.to_thread(in_one_process, system.model, PROMPT[:length], sampling, 24)
     assert answer["choices"][0]["token_ids"] == expected
+
+
+async def test_the_largest_bias_forces_the_tokens_of_a_text(system: System) -> None:
+    answer = await system.complete(
+        prompt=[1, 2, 3], max_tokens=8, logit_bias={"42": 100}, return_token_ids=True
+    )
+    assert answer["choices"][0]["token_ids"] == [42] * 8
 
 
 async def test_requests_at_the_same_time_do_not_change_each_other(system: System) -> None:

@@ -60,11 +60,20 @@ def prefill(engine: Engine, compute: ComputeThread, store: StateStore) -> Prefil
     return PrefillHandler(engine, compute, store, settings, PrefillMetrics(CollectorRegistry()))
 
 
-def job(request_id: str = "r1", *, max_tokens: int = 8, prompt: tuple[int, ...] = PROMPT) -> Job:
+GREEDY = Sampling(temperature=0, top_p=1, seed=0)
+
+
+def job(
+    request_id: str = "r1",
+    *,
+    max_tokens: int = 8,
+    prompt: tuple[int, ...] = PROMPT,
+    sampling: Sampling = GREEDY,
+) -> Job:
     return Job(
         request_id=request_id,
         gateway_id="g1",
         prompt=prompt,
-        sampling=Sampling(temperature=0, top_p=1, seed=0),
+        sampling=sampling,
         max_tokens=max_tokens,
     )

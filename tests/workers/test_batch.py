@@ -18,13 +18,13 @@ from shared.compute_thread import ComputeThread
 from shared.errors import BrokenLogitsError, CancelledJobError
 from shared.kimi_linear.engine import Engine
 from shared.kimi_linear.request_state import RequestState
-from shared.kimi_linear.sampling import sample
-from shared.messages import Manifest, SegmentDescriptor, Token
+from shared.kimi_linear.sampling import Draw, sample
+from shared.messages import Manifest, Sampling, SegmentDescriptor, Token
 from shared.streams.job_queue import JobQueue
 from shared.streams.token_stream import TokenPublisher, TokenSubscription
 from tests.polling import eventually
 from tests.streams.conftest import begin_next, live_worker
-from tests.workers.conftest import job
+from tests.workers.conftest import GREEDY, job
 
 pytestmark = pytest.mark.asyncio
 
@@ -54,15 +54,20 @@ class Decoding:
         self._queue: JobQueue | None = None
 
     async def begun(
-        self, request_id: str, prompt: tuple[int, ...], max_tokens: int = 6
+        self,
+        request_id: str,
+        prompt: tuple[int, ...],
+        max_tokens: int = 6,
+        sampling: Sampling = GREEDY,
     ) -> tuple[GrowingText, RequestState]:
         """A sequence whose first token is emitted, and its state."""
         self._queue = self._queue or await live_worker(self._redis, "decode-1")
-        await self._queue.enqueue(job(request_id, prompt=prompt, max_tokens=max_tokens), 10)
+        asked = job(request_id, prompt=prompt, max_tokens=max_tokens, sampling=sampling)
+        await self._queue.enqueue(asked, 10)
         attempt = await begin_next(self._queue)
         state = self.engine.new_state()
         logits = self.engine.prefill(prompt, state)
-        (first,) = sample(logits[None], [attempt.job.sampling], [len(prompt)])
+        (first,) = sample(logits[None], [Draw.of(sampling, prompt)])
         sequence = GrowingText(attempt, manifest(len(prompt), first), [])
         sequence.accept(first)
         return sequence, state
@@ -109,9 +114,10 @@ async def decoding(engine: Engine, compute: ComputeThread, redis: Redis) -> Asyn
     await asyncio.wait([running])
 
 
-async def emit_first(redis: Redis, sequence: GrowingText) -> None:
-    """Count the first token as emitted, as its prefill's manifest would have had it."""
-    await redis.hset(f"prfaas:decode:job:{{{sequence.job.request_id}}}", "tokens", "1")
+async def count_as_emitted(redis: Redis, sequence: GrowingText) -> None:
+    """Count the tokens so far as emitted: the manifest's, and those of a worker that is gone."""
+    key = f"prfaas:decode:job:{{{sequence.job.request_id}}}"
+    await redis.hset(key, "tokens", str(len(sequence.tokens)))
 
 
 async def test_sequences_of_different_lengths_say_what_each_says_alone(
@@ -122,12 +128,36 @@ async def test_sequences_of_different_lengths_say_what_each_says_alone(
     async with asyncio.TaskGroup() as tasks:
         for number, (request_id, prompt) in enumerate(prompts.items()):
             sequence, state = await decoding.begun(request_id, prompt, max_tokens=5 + number)
-            await emit_first(redis, sequence)
+            await count_as_emitted(redis, sequence)
             tasks.create_task(decoding.batch.generate(sequence, state))
             sequences.append(sequence)
     for number, (sequence, prompt) in enumerate(zip(sequences, prompts.values(), strict=True)):
         assert text_of(sequence) == decoding.alone(prompt, 5 + number)
         assert sequence.finished
+
+
+async def test_a_replacement_worker_says_what_the_first_would_have_said(
+    decoding: Decoding, redis: Redis
+) -> None:
+    prompt = (1, 2, 3)
+    asked = Sampling(
+        temperature=1.5,
+        top_p=1,
+        repetition_penalty=1.5,
+        presence_penalty=1,
+        frequency_penalty=2,
+        seed=11,
+    )
+    first, first_state = await decoding.begun("first", prompt, max_tokens=30, sampling=asked)
+    await count_as_emitted(redis, first)
+    await decoding.batch.generate(first, first_state)
+
+    other, state = await decoding.begun("replacement", prompt, max_tokens=30, sampling=asked)
+    continued = GrowingText(other.attempt, other.manifest, first.tokens[:12])
+    await count_as_emitted(redis, continued)
+    decoding.engine.prefill(text_of(continued)[:-1], state)
+    await decoding.batch.generate(continued, state)
+    assert text_of(continued) == text_of(first)
 
 
 async def test_a_sequence_that_leaves_does_not_disturb_the_others(
@@ -136,7 +166,7 @@ async def test_a_sequence_that_leaves_does_not_disturb_the_others(
     leaving, leaving_state = await decoding.begun("leaving", (4, 5, 6), max_tokens=5000)
     staying, staying_state = await decoding.begun("staying", (7, 8), max_tokens=40)
     for sequence in (leaving, staying):
-        await emit_first(redis, sequence)
+        await count_as_emitted(redis, sequence)
     async with asyncio.TaskGroup() as tasks:
         left = tasks.create_task(decoding.batch.generate(leaving, leaving_state))
         stayed = tasks.create_task(decoding.batch.generate(staying, staying_state))
@@ -153,7 +183,7 @@ async def test_a_cancelled_request_ends_with_its_reason_and_others_go_on(
     cancelled, cancelled_state = await decoding.begun("cancelled", (4, 5, 6), max_tokens=5000)
     other, other_state = await decoding.begun("other", (7, 8), max_tokens=30)
     for sequence in (cancelled, other):
-        await emit_first(redis, sequence)
+        await count_as_emitted(redis, sequence)
     outcomes = asyncio.gather(
         decoding.batch.generate(cancelled, cancelled_state),
         decoding.batch.generate(other, other_state),
@@ -170,7 +200,7 @@ async def test_broken_logits_end_their_own_request_only(decoding: Decoding, redi
     broken, broken_state = await decoding.begun("broken", (4, 5, 6))
     sound, sound_state = await decoding.begun("sound", (7, 8))
     for sequence in (broken, sound):
-        await emit_first(redis, sequence)
+        await count_as_emitted(redis, sequence)
     decoding.engine.broken_state = broken_state
     refusal, fine = await asyncio.gather(
         decoding.batch.generate(broken, broken_state),
