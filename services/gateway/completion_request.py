@@ -4,7 +4,9 @@ Pure: bytes in, values or an `InvalidRequestError` that names the field out.
 """
 
 import json
+import re
 import secrets
+from collections.abc import Iterable
 from typing import Annotated, Any, Final, NoReturn
 
 from pydantic import (
@@ -19,21 +21,20 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from services.gateway.served_model import ServedModel
 from shared.errors import InvalidRequestError, ModelNotFoundError
-from shared.messages import Job, Sampling
+from shared.messages import LARGEST_BIAS, MOST_BIASED_TOKENS, Job, Penalty, Sampling
 
 MOST_STOP_STRINGS: Final = 4
 LONGEST_STOP_STRING: Final = 256
 
 _LONGEST_SHOWN_NAME: Final = 80
 
+_TOKEN_ID: Final = re.compile(r"0|[1-9][0-9]{0,9}")
+
 _NEUTRAL: Final[dict[str, object]] = {
     "n": 1,
     "best_of": 1,
     "echo": False,
     "suffix": "",
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": {},
 }
 """Fields of OpenAI's that have no effect here, with the one value that asks for none."""
 
@@ -56,6 +57,12 @@ class CompletionRequest(BaseModel):
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 16
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: tuple[str, ...] = ()
     stream: bool = False
@@ -69,9 +76,6 @@ class CompletionRequest(BaseModel):
     best_of: object = None
     echo: object = None
     suffix: object = None
-    presence_penalty: object = None
-    frequency_penalty: object = None
-    logit_bias: object = None
 
     @field_validator("prompt", mode="plain")
     @classmethod
@@ -105,6 +109,25 @@ class CompletionRequest(BaseModel):
                 {"longest": LONGEST_STOP_STRING},
             )
         return tuple(stops)
+
+    @field_validator("logit_bias", mode="plain")
+    @classmethod
+    def _biases_are_numbers_by_token_id(cls, value: object) -> tuple[tuple[int, float], ...]:
+        if not isinstance(value, dict) or len(value) > MOST_BIASED_TOKENS:
+            raise PydanticCustomError(
+                "logit_bias",
+                "it has to be an object with at most {most} token ids as names",
+                {"most": MOST_BIASED_TOKENS},
+            )
+        if not all(_TOKEN_ID.fullmatch(name) for name in value):
+            raise PydanticCustomError("logit_bias", 'each name has to be a token id, like "50"')
+        if not all(_is_bias(bias) for bias in value.values()):
+            raise PydanticCustomError(
+                "logit_bias",
+                "each bias has to be a number from -{largest} to {largest}",
+                {"largest": LARGEST_BIAS},
+            )
+        return tuple((int(name), float(bias)) for name, bias in value.items())
 
     @field_validator(*_NEUTRAL)
     @classmethod
@@ -145,7 +168,8 @@ def make_job(
     """Tokenise a request and hold it against what the model can do.
 
     Raises:
-        InvalidRequestError: the model has another name or no tokenizer, or the prompt does not fit.
+        InvalidRequestError: the model has another name, no tokenizer or not all the tokens, or the
+            prompt does not fit.
     """
     if request.model not in (None, model.name):
         raise ModelNotFoundError(
@@ -154,6 +178,7 @@ def make_job(
     if request.stop and model.tokenizer is None:
         raise InvalidRequestError("stop: this model has no tokenizer, so no text to find", "stop")
     prompt = _prompt_token_ids(request.prompt, model)
+    _refuse_unknown((token_id for token_id, _ in request.logit_bias), model, "logit_bias")
     if len(prompt) + request.max_tokens > model.max_length:
         raise InvalidRequestError(
             f"the prompt of {len(prompt)} tokens and max_tokens of {request.max_tokens} are "
@@ -167,6 +192,12 @@ def make_job(
         sampling=Sampling(
             temperature=request.temperature,
             top_p=request.top_p,
+            top_k=max(0, request.top_k),
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=request.logit_bias,
             seed=secrets.randbits(63) if request.seed is None else request.seed,
             top_logprobs=request.logprobs,
         ),
@@ -182,14 +213,23 @@ def _prompt_token_ids(prompt: str | tuple[int, ...], model: ServedModel) -> tupl
                 "prompt: this model has no tokenizer; send a list of token ids", "prompt"
             )
         return model.tokenizer.encode(prompt)
-    outside = next((item for item in prompt if not 0 <= item < model.vocab_size), None)
+    _refuse_unknown(prompt, model, "prompt")
+    return prompt
+
+
+def _refuse_unknown(token_ids: Iterable[int], model: ServedModel, param: str) -> None:
+    outside = next((item for item in token_ids if not 0 <= item < model.vocab_size), None)
     if outside is not None:
         raise InvalidRequestError(
-            f"prompt: token id {_shown(str(outside))} is outside the vocabulary of "
+            f"{param}: token id {_shown(str(outside))} is outside the vocabulary of "
             f"{model.vocab_size}",
-            "prompt",
+            param,
         )
-    return prompt
+
+
+def _is_bias(value: Any) -> bool:
+    # True is an integer in Python, and no number in JSON.
+    return type(value) in (int, float) and abs(value) <= LARGEST_BIAS
 
 
 def _can_stop(value: object) -> bool:

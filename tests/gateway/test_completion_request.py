@@ -17,7 +17,7 @@ from services.gateway.error_responses import describe
 from services.gateway.served_model import ServedModel
 from shared.errors import InvalidRequestError, ModelNotFoundError
 from shared.kimi_linear.tokenizer.byte_level import ByteLevelTokenizer, ByteTokenizerFile
-from shared.messages import Job
+from shared.messages import Job, Sampling, decode, encode
 
 TEXT_MODEL = ServedModel(
     name="m",
@@ -52,8 +52,7 @@ def test_a_prompt_is_all_that_is_needed() -> None:
     assert job.prompt == tuple(b"Hello")
     assert job.max_tokens == 16
     assert job.stop_token_ids == (510,)
-    assert (job.sampling.temperature, job.sampling.top_p) == (1.0, 1.0)
-    assert job.sampling.top_logprobs is None
+    assert job.sampling == Sampling(temperature=1, top_p=1, seed=job.sampling.seed)
 
 
 def test_every_field_arrives_where_it_belongs() -> None:
@@ -63,6 +62,12 @@ def test_every_field_arrives_where_it_belongs() -> None:
         max_tokens=7,
         temperature=0,
         top_p=0.5,
+        top_k=40,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        presence_penalty=-2,
+        frequency_penalty=0.5,
+        logit_bias={"0": 1, "511": -100.0},
         seed=-(2**63),
         stop=["a", "b"],
         stream=True,
@@ -81,9 +86,19 @@ def test_every_field_arrives_where_it_belongs() -> None:
     assert job.prompt == (1, 2, 511)
     assert job.max_tokens == 7
     assert job.stop_token_ids == ()
-    assert (job.sampling.temperature, job.sampling.top_p) == (0, 0.5)
-    assert job.sampling.seed == -(2**63)
-    assert job.sampling.top_logprobs == 3
+    assert job.sampling == Sampling(
+        temperature=0,
+        top_p=0.5,
+        top_k=40,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        presence_penalty=-2,
+        frequency_penalty=0.5,
+        logit_bias=((0, 1), (511, -100)),
+        seed=-(2**63),
+        top_logprobs=3,
+    )
+    assert decode(encode(job), Job) == job
 
 
 def test_without_a_seed_each_request_draws_its_own() -> None:
@@ -93,6 +108,11 @@ def test_without_a_seed_each_request_draws_its_own() -> None:
 @pytest.mark.parametrize("field", sorted(CompletionRequest.model_fields.keys() - {"prompt"}))
 def test_null_is_the_same_as_absent(field: str) -> None:
     assert parse(**{field: None}) == parse()
+
+
+@pytest.mark.parametrize("top_k", [-1, 0])
+def test_there_are_two_ways_to_ask_for_no_top_k(top_k: int) -> None:
+    assert job_of(top_k=top_k).sampling.top_k == 0
 
 
 def test_one_stop_string_needs_no_list() -> None:
@@ -106,10 +126,6 @@ def test_one_stop_string_needs_no_list() -> None:
         ("best_of", 1),
         ("echo", False),
         ("suffix", ""),
-        ("presence_penalty", 0),
-        ("presence_penalty", 0.0),
-        ("frequency_penalty", 0),
-        ("logit_bias", {}),
     ],
 )
 def test_what_is_not_supported_may_be_given_when_it_asks_for_nothing(
@@ -135,6 +151,33 @@ def test_what_is_not_supported_may_be_given_when_it_asks_for_nothing(
         ("temperature", "hot"),
         ("top_p", 0),
         ("top_p", 1.1),
+        ("top_k", -2),
+        ("top_k", 2**31),
+        ("top_k", 1.5),
+        ("top_k", True),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", -1),
+        ("repetition_penalty", "1.1"),
+        ("presence_penalty", -2.1),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", 2.1),
+        ("logit_bias", [5, 1]),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {"-5": 1}),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {"5.0": 1}),
+        ("logit_bias", {"\u0665": 1}),
+        ("logit_bias", {"512": 1}),
+        ("logit_bias", {"9" * 4000: 1}),
+        ("logit_bias", {"5": 100.5}),
+        ("logit_bias", {"5": -(10**400)}),
+        ("logit_bias", {"5": "1"}),
+        ("logit_bias", {"5": True}),
+        ("logit_bias", {"5": None}),
+        ("logit_bias", {str(token_id): 1 for token_id in range(301)}),
         ("seed", 2**63),
         ("seed", -(2**63) - 1),
         ("seed", 0.5),
@@ -162,9 +205,6 @@ def test_what_is_not_supported_may_be_given_when_it_asks_for_nothing(
         ("echo", True),
         ("echo", 0),
         ("suffix", "tail"),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("logit_bias", {"5": 100}),
         ("temprature", 1),
         ("messages", None),
         ("prompt", None),
@@ -201,7 +241,24 @@ def test_a_list_of_prompts_is_told_from_a_wrong_type() -> None:
 
 def test_what_is_not_supported_is_not_called_invalid() -> None:
     assert str(refusal_of(n=2)) == "n: not supported yet; only 1 is"
-    assert str(refusal_of(logit_bias={"5": 1})) == "logit_bias: not supported yet; only {} is"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limits"),
+    [
+        ("top_k", -2, ["-1"]),
+        ("min_p", 2, ["1"]),
+        ("repetition_penalty", 0, ["0"]),
+        ("presence_penalty", 3, ["2"]),
+        ("frequency_penalty", -3, ["-2"]),
+        ("logit_bias", {"5": 101}, ["-100", "100"]),
+        ("logit_bias", {"600": 1}, ["600", "512"]),
+        ("logit_bias", {str(token_id): 1 for token_id in range(301)}, ["300"]),
+    ],
+)
+def test_a_refusal_names_the_limit(field: str, value: Any, limits: list[str]) -> None:
+    _, _, reason = str(refusal_of(**{field: value})).partition(field)
+    assert all(limit in reason for limit in limits)
 
 
 def test_another_model_is_not_found() -> None:
@@ -237,6 +294,10 @@ HOSTILE_BODIES = {
     "NaN": b'{"prompt": "a", "temperature": NaN}',
     "infinity": b'{"prompt": "a", "temperature": -Infinity}',
     "a number that overflows": b'{"prompt": "a", "temperature": 1e999}',
+    "a penalty that overflows": b'{"prompt": "a", "repetition_penalty": 1e999}',
+    "a bias that is not a number": b'{"prompt": "a", "logit_bias": {"1": NaN}}',
+    "a bias twice": b'{"prompt": "a", "logit_bias": {"1": 1, "1": 2}}',
+    "half a surrogate as a token id": b'{"prompt": "a", "logit_bias": {"\\ud800": 1}}',
     "an integer of 10,000 digits": b'{"prompt": "a", "seed": ' + b"9" * 10_000 + b"}",
     "no UTF-8": b'{"prompt": "\xff"}',
     "UTF-16": '{"prompt": "a"}'.encode("utf-16"),
@@ -302,26 +363,19 @@ def test_no_json_is_too_strange(fields: dict[str, Any]) -> None:
     max_tokens=st.integers(1, 16),
     temperature=st.floats(0, 2),
     top_p=st.floats(0, 1, exclude_min=True),
+    top_k=st.integers(-1, 2**31 - 1),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0, exclude_min=True, allow_infinity=False),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(st.integers(0, 511), st.floats(-100, 100), max_size=300),
     seed=st.integers(-(2**63), 2**63 - 1),
     logprobs=st.none() | st.integers(0, 20),
 )
-def test_everything_in_range_becomes_a_job(
-    prompt: str | list[int],
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    logprobs: int | None,
-) -> None:
-    fields = {
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "logprobs": logprobs,
-    }
-    job = _job_or_refusal(json.dumps(fields).encode())
+def test_everything_in_range_becomes_a_job(prompt: str | list[int], **fields: Any) -> None:
+    fields["logit_bias"] = {str(token_id): bias for token_id, bias in fields["logit_bias"].items()}
+    job = _job_or_refusal(json.dumps({"prompt": prompt} | fields).encode())
     assert isinstance(job, Job)
     assert job.prompt == tuple(prompt.encode() if isinstance(prompt, str) else prompt)
-    assert job.sampling.seed == seed
+    assert job.sampling.seed == fields["seed"]
+    assert decode(encode(job), Job) == job
