@@ -104,6 +104,12 @@ class CancelledJobError(AttemptEndedError):
     """The job's request was cancelled, or nobody is left to read its tokens."""
 
 
+class NoRoomError(PrfaasError):
+    """An engine has no room for another request's state now."""
+
+    retryable = True
+
+
 class CheckpointError(PrfaasError):
     """A model directory is incomplete, damaged or of another architecture."""
 

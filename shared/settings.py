@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio.connection import parse_url
 
-from shared.kimi_linear.state_layout import DTypeName
+from shared.kernels.dtypes import WeightDTypeChoice
 
 ENV_PREFIX = "PRFAAS_"
 
@@ -98,7 +98,20 @@ class WorkerSettings(ServiceSettings):
     """What prefill and decode workers have in common."""
 
     model: Path = Field(description="checkpoint directory")
-    dtype: DTypeName = Field("float32", description="dtype of weights, activations and latents")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="what computes; the kernels for cuda have not run on a GPU yet"
+    )
+    dtype: WeightDTypeChoice = Field(
+        "auto",
+        description="dtype of the weights; auto takes bfloat16 where the processor has matrix "
+        "units for it and float32 elsewhere",
+    )
+    state_tokens: int = Field(
+        0,
+        ge=0,
+        description="tokens that the states of all requests have room for; 0 takes the model's "
+        "context, or 8192 a request if that is more",
+    )
     threads: int = Field(
         0, ge=0, description="threads of one computation; 0 takes one for each processor"
     )
@@ -170,7 +183,20 @@ class UpSettings(Settings):
     port: Port = Field(8000, description="port the gateway listens on; 0 takes a free one")
     prefill_workers: int = Field(1, ge=1, le=64, description="prefill workers to run")
     decode_workers: int = Field(1, ge=1, le=64, description="decode workers to run")
-    dtype: DTypeName = Field("float32", description="dtype of weights, activations and latents")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="what computes; the kernels for cuda have not run on a GPU yet"
+    )
+    dtype: WeightDTypeChoice = Field(
+        "auto",
+        description="dtype of the weights; auto takes bfloat16 where the processor has matrix "
+        "units for it and float32 elsewhere",
+    )
+    state_tokens: int = Field(
+        0,
+        ge=0,
+        description="tokens that the states of all requests have room for; 0 takes the model's "
+        "context, or 8192 a request if that is more",
+    )
     threads: int = Field(
         0, ge=0, description="threads of each worker; 0 shares the processors among the workers"
     )

@@ -1,10 +1,11 @@
 """Continuous batching: one loop that decodes a token for every joined sequence, step by step.
 
-Sequences join and leave between steps. One that leaves while a step computes is let go by that step
-at its end, so no memory is freed under a computation.
+Sequences join and leave between steps. A step uses the states of its sequences until it ends, so no
+memory is freed under a computation when one of them leaves.
 """
 
 import asyncio
+from contextlib import ExitStack
 from dataclasses import dataclass
 from time import monotonic
 from typing import Final
@@ -53,7 +54,7 @@ class ContinuousBatch:
     async def generate(self, sequence: Sequence, state: RequestState) -> None:
         """Decode a sequence to its end; a caller that is cancelled takes it out of the batch.
 
-        `state` has consumed all of the sequence but its last token, and belongs to the batch now.
+        `state` has consumed all of the sequence but its last token; its caller releases it.
 
         Raises:
             AttemptEndedError: the attempt may not go on.
@@ -81,7 +82,10 @@ class ContinuousBatch:
     async def _step(self, members: list[_Member]) -> None:
         started = monotonic()
         try:
-            drawn = await self._compute.run(self._decode, members)
+            with ExitStack() as uses:
+                for member in members:
+                    uses.enter_context(member.state.in_use())
+                drawn = await self._compute.run(self._decode, members)
             await self._emit(_without_broken(members, drawn))
         except _STEP_ERRORS as error:
             for member in members:

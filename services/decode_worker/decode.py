@@ -18,10 +18,10 @@ from services.decode_worker.state_pull import StatePull
 from shared.compute_thread import ComputeThread
 from shared.errors import CancelledJobError, GenerationError, StateLostError
 from shared.job_state import JobState
-from shared.kimi_linear.engine import Engine
 from shared.kimi_linear.request_state import RequestState
 from shared.messages import Job, TokenEvent
 from shared.settings import DecodeWorkerSettings
+from shared.state_room import StateRoom
 from shared.streams.job_queue import Attempt, JobQueue
 from shared.streams.state_store import StateStore
 from shared.streams.token_stream import Emission, TokenPublisher
@@ -34,7 +34,7 @@ class DecodeHandler:
 
     def __init__(
         self,
-        engine: Engine,
+        room: StateRoom,
         compute: ComputeThread,
         batch: ContinuousBatch,
         publisher: TokenPublisher,
@@ -43,7 +43,8 @@ class DecodeHandler:
         settings: DecodeWorkerSettings,
         metrics: DecodeMetrics,
     ) -> None:
-        self._engine = engine
+        self._engine = room.engine
+        self._room = room
         self._compute = compute
         self._batch = batch
         self._publisher = publisher
@@ -51,7 +52,6 @@ class DecodeHandler:
         self._store = store
         self._settings = settings
         self._metrics = metrics
-        self._slots = asyncio.Semaphore(settings.slots)
         self._leased: set[str] = set()
 
     async def run(self, attempt: Attempt) -> None:
@@ -93,11 +93,12 @@ class DecodeHandler:
         await asyncio.sleep(self._settings.state_lease / 4)
 
     async def _generate(self, attempt: Attempt, held: AsyncExitStack) -> None:
-        has_slot = False
+        job = attempt.job
+        state: RequestState | None = None
         after_epoch = 0
         for _ in range(self._settings.max_recomputes + 1):
             pull = StatePull(
-                attempt.job,
+                job,
                 self._prefill_queue,
                 self._store,
                 self._engine.fingerprint,
@@ -107,23 +108,23 @@ class DecodeHandler:
             )
             try:
                 await pull.begun()
-                if not has_slot:  # kept across recomputes: they do not queue anew
-                    await held.enter_async_context(self._slots)
-                    has_slot = True
-                return await self._take_over(attempt, pull)
+                if state is None:  # kept across recomputes: they do not queue anew
+                    room = self._room.state(len(job.prompt) + job.max_tokens)
+                    state = await held.enter_async_context(room)
+                return await self._take_over(attempt, pull, state)
             except StateLostError as lost:
                 after_epoch = pull.epoch
-                await self._compute_again(attempt.job, after_epoch, lost)
+                await self._compute_again(job, after_epoch, lost)
         raise GenerationError("the state of the prompt was lost too often")
 
-    async def _take_over(self, attempt: Attempt, pull: StatePull) -> None:
+    async def _take_over(self, attempt: Attempt, pull: StatePull, state: RequestState) -> None:
         manifest = await pull.manifest()
         emitted = await self._publisher.emitted(attempt.job.request_id)
         sequence = Sequence(attempt, manifest, emitted)
         if not sequence.tokens:
             await self._emit_first(sequence)
         if not sequence.finished:
-            state = await self._restored(sequence, pull)
+            await self._restore(sequence, pull, state)
             await self._batch.generate(sequence, state)
 
     async def _emit_first(self, sequence: Sequence) -> None:
@@ -132,10 +133,10 @@ class DecodeHandler:
         if refusal is not None:
             raise refusal
 
-    async def _restored(self, sequence: Sequence, pull: StatePull) -> RequestState:
-        """Get the state that has consumed the prompt and all emitted tokens but the last."""
+    async def _restore(self, sequence: Sequence, pull: StatePull, state: RequestState) -> None:
+        """Have the state consume the prompt and all emitted tokens but the last."""
         started = monotonic()
-        state = await pull.restored()
+        await pull.restore(state)
         sequence.restored(
             monotonic() - started, raw_bytes=pull.raw_bytes, wire_bytes=pull.wire_bytes
         )
@@ -144,8 +145,7 @@ class DecodeHandler:
         self._metrics.pulled_bytes.labels("wire").inc(pull.wire_bytes)
         consumed = [token.token_id for token in sequence.tokens[:-1]]
         if consumed:  # emitted by a worker that is gone
-            await self._compute.run(self._engine.prefill, consumed, state)
-        return state
+            await self._compute.run(self._engine.prefill, [consumed], [state])
 
     async def _compute_again(self, job: Job, after_epoch: int, lost: StateLostError) -> None:
         cause = type(lost).__name__

@@ -10,7 +10,6 @@ from time import monotonic
 from typing import Final, TypeVar
 
 import structlog
-import torch
 from torch import Tensor
 
 from shared.errors import (
@@ -53,7 +52,7 @@ Answer = TypeVar("Answer")
 class StatePull:
     """One try at getting the state of a prompt.
 
-    The steps are `begun`, `manifest` and `restored`, in this order; `epoch` is the latest attempt
+    The steps are `begun`, `manifest` and `restore`, in this order; `epoch` is the latest attempt
     that was seen, and pieces of earlier ones are dropped.
     """
 
@@ -112,14 +111,14 @@ class StatePull:
         self._announced = list(manifest.segments)
         return manifest
 
-    async def restored(self) -> RequestState:
-        """Pull what is still missing, and turn the whole into a state of this worker's own.
+    async def restore(self, state: RequestState) -> None:
+        """Pull what is still missing, and put the whole into a state of this worker's own.
 
         Raises:
             StateLostError: a segment is gone, damaged, or not all of the prompt is covered.
         """
         await self._pull_announced()
-        return await asyncio.to_thread(self._assembled)
+        await asyncio.to_thread(self._import_into, state)
 
     # --- following the announcements -------------------------------------------------------
 
@@ -220,8 +219,8 @@ class StatePull:
             return decode_latents(data, identity, self._layout)
         return decode_snapshot(data, identity, self._layout)
 
-    def _assembled(self) -> RequestState:
-        latents: list[Tensor] = []
+    def _import_into(self, state: RequestState) -> None:
+        state.clear()
         covered = 0
         snapshot: KdaSnapshot | None = None
         for segment in self._announced:
@@ -229,9 +228,9 @@ class StatePull:
             if isinstance(part, KdaSnapshot):
                 snapshot = part
             elif segment.start == covered:
-                latents.append(part)
+                state.import_latents(part)
                 covered = segment.stop
         length = len(self._job.prompt)
         if covered != length or snapshot is None or snapshot.length != length:
             raise StateLostError(f"the published state does not cover the {length} prompt tokens")
-        return RequestState.restore(self._layout, snapshot, torch.cat(latents, dim=1))
+        state.import_snapshot(snapshot)

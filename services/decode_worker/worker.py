@@ -13,6 +13,7 @@ from shared.model_loading import load_engine
 from shared.observability.logging import configure_logging
 from shared.process import new_identity
 from shared.settings import DecodeWorkerSettings
+from shared.state_room import StateRoom
 from shared.streams.connection import connect, repeat
 from shared.streams.job_queue import JobQueue
 from shared.streams.state_store import StateStore
@@ -28,7 +29,7 @@ async def serve(settings: DecodeWorkerSettings, stop: asyncio.Event) -> None:
     metrics = DecodeMetrics(registry)
     held = settings.slots + settings.waiting
     with ComputeThread() as compute:
-        engine = await load_engine(settings, compute)
+        engine = await load_engine(settings, compute, settings.slots)
         async with (
             connect(settings.redis_url) as redis,
             # Every held request waits for its prefill's events in a connection of its own.
@@ -38,7 +39,7 @@ async def serve(settings: DecodeWorkerSettings, stop: asyncio.Event) -> None:
             publisher = TokenPublisher(redis, "decode")
             batch = ContinuousBatch(engine, compute, publisher, metrics)
             handler = DecodeHandler(
-                engine,
+                StateRoom(engine),
                 compute,
                 batch,
                 publisher,

@@ -13,11 +13,11 @@ from services.prefill_worker.metrics import PrefillMetrics
 from services.prefill_worker.publisher import Latents, StatePart, StatePublisher
 from shared.compute_thread import ComputeThread
 from shared.job_state import JobState
-from shared.kimi_linear.engine import Engine
 from shared.kimi_linear.request_state import RequestState
 from shared.kimi_linear.sampling import Draw, sample
 from shared.messages import Job, Manifest, PrefillDone, PrefillFailed, PrefillStarted, Token
 from shared.settings import PrefillWorkerSettings
+from shared.state_room import StateRoom
 from shared.streams.job_queue import Attempt
 from shared.streams.state_store import StateStore
 
@@ -27,13 +27,14 @@ class PrefillHandler:
 
     def __init__(
         self,
-        engine: Engine,
+        room: StateRoom,
         compute: ComputeThread,
         store: StateStore,
         settings: PrefillWorkerSettings,
         metrics: PrefillMetrics,
     ) -> None:
-        self._engine = engine
+        self._engine = room.engine
+        self._room = room
         self._compute = compute
         self._store = store
         self._settings = settings
@@ -85,22 +86,22 @@ class PrefillHandler:
             await self._store.release(job.request_id)
 
     async def _prefill(self, job: Job, parts: asyncio.Queue[StatePart | None]) -> Token:
-        state = self._engine.new_state()
         logits: Tensor | None = None
-        for start in range(0, len(job.prompt), self._settings.chunk_tokens):
-            chunk = job.prompt[start : start + self._settings.chunk_tokens]
-            logits, latents = await self._compute.run(self._prefill_chunk, chunk, state)
-            await parts.put(Latents(start, start + len(chunk), latents))
-        await parts.put(await self._compute.run(state.snapshot))
+        async with self._room.state(len(job.prompt)) as state:
+            for start in range(0, len(job.prompt), self._settings.chunk_tokens):
+                chunk = job.prompt[start : start + self._settings.chunk_tokens]
+                logits, latents = await self._compute.run(self._prefill_chunk, chunk, state)
+                await parts.put(Latents(start, start + len(chunk), latents))
+            await parts.put(await self._compute.run(state.snapshot))
         assert logits is not None, "a job's prompt is never empty"  # noqa: S101
         return await self._compute.run(_first_token, job, logits)
 
     def _prefill_chunk(self, chunk: tuple[int, ...], state: RequestState) -> tuple[Tensor, Tensor]:
         start = state.length
-        logits = self._engine.prefill(chunk, state)
+        logits = self._engine.prefill([chunk], [state])
         return logits, state.export_latents(start, state.length)
 
 
 def _first_token(job: Job, logits: Tensor) -> Token:
-    (token,) = sample(logits[None], [Draw.of(job.sampling, job.prompt)])
+    (token,) = sample(logits, [Draw.of(job.sampling, job.prompt)])
     return token

@@ -1,6 +1,7 @@
 """Puts a prefill worker together: the engine, its region's Redis, and the loop between them."""
 
 import asyncio
+from typing import Final
 
 from prometheus_client import CollectorRegistry
 
@@ -12,10 +13,14 @@ from shared.model_loading import load_engine
 from shared.observability.logging import configure_logging
 from shared.process import new_identity
 from shared.settings import PrefillWorkerSettings
+from shared.state_room import StateRoom
 from shared.streams.connection import connect
 from shared.streams.job_queue import JobQueue
 from shared.streams.state_store import StateStore
 from shared.worker_process import run_worker
+
+_SLOTS: Final = 2
+"""One prompt at a time, and one that was cancelled in the middle of a computation."""
 
 
 async def serve(settings: PrefillWorkerSettings, stop: asyncio.Event) -> None:
@@ -24,7 +29,7 @@ async def serve(settings: PrefillWorkerSettings, stop: asyncio.Event) -> None:
     configure_logging(settings, "prefill_worker", worker_id)
     registry = CollectorRegistry()
     with ComputeThread() as compute:
-        engine = await load_engine(settings, compute)
+        engine = await load_engine(settings, compute, _SLOTS)
         async with connect(settings.redis_url) as redis:
             await run_worker(
                 settings,
@@ -37,7 +42,7 @@ async def serve(settings: PrefillWorkerSettings, stop: asyncio.Event) -> None:
                     slots=1,
                 ),
                 PrefillHandler(
-                    engine,
+                    StateRoom(engine),
                     compute,
                     StateStore(redis, "prefill"),
                     settings,

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shared.kernels.dispatch import Kernels
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.read_progress import ReadProgress, unobserved
 from shared.kimi_linear.safetensors_header import Shape
@@ -25,7 +26,7 @@ __all__ = ["load_weights"]
 def load_weights(
     directory: str | Path,
     config: KimiLinearConfig,
-    dtype: torch.dtype,
+    kernels: Kernels,
     progress: ReadProgress = unobserved,
 ) -> ModelWeights:
     """Load a checkpoint, one file or sharded, in fp32, bf16 or fp16.
@@ -36,7 +37,7 @@ def load_weights(
     Args:
         directory: holds `model.safetensors`, or `model.safetensors.index.json` and what it names.
         config: of the same directory.
-        dtype: of the matrices in the result.
+        kernels: that multiply; they take each matrix as soon as it is read.
         progress: told of the bytes of tensors that the model has.
 
     Raises:
@@ -45,7 +46,7 @@ def load_weights(
             found shape.
     """
     with TensorFiles(Path(directory), _Ignored(config), progress) as files:
-        weights = _model(_Checkpoint(files, dtype), config)
+        weights = _model(_Checkpoint(files, kernels.loaded_dtype), config, kernels)
         files.refuse_unread()
     return weights
 
@@ -53,35 +54,42 @@ def load_weights(
 # --- from names to weights -------------------------------------------------------------------
 
 
-def _model(checkpoint: "_Checkpoint", config: KimiLinearConfig) -> ModelWeights:
+def _model(checkpoint: "_Checkpoint", config: KimiLinearConfig, kernels: Kernels) -> ModelWeights:
     vocabulary = (config.vocab_size, config.hidden_size)
     embedding = checkpoint.matrix("model.embed_tokens.weight", vocabulary)
     tied = config.tie_word_embeddings
+    head = embedding if tied else checkpoint.matrix("lm_head.weight", vocabulary)
     return ModelWeights(
         embedding=embedding,
-        layers=tuple(_layer(checkpoint, config, n) for n in range(config.num_hidden_layers)),
+        layers=tuple(
+            _layer(checkpoint, config, kernels, n) for n in range(config.num_hidden_layers)
+        ),
         norm=checkpoint.vector("model.norm.weight", config.hidden_size),
-        head=embedding if tied else checkpoint.matrix("lm_head.weight", vocabulary),
+        head=kernels.linear(head),
     )
 
 
-def _layer(checkpoint: "_Checkpoint", config: KimiLinearConfig, layer: int) -> LayerWeights:
+def _layer(
+    checkpoint: "_Checkpoint", config: KimiLinearConfig, kernels: Kernels, layer: int
+) -> LayerWeights:
     prefix = f"model.layers.{layer}"
     hidden = config.hidden_size
     attention = _kda if config.layer_kinds[layer] == "kda" else _mla
     return LayerWeights(
         attention_norm=checkpoint.vector(f"{prefix}.input_layernorm.weight", hidden),
-        attention=attention(checkpoint, config, f"{prefix}.self_attn"),
+        attention=attention(checkpoint, config, kernels, f"{prefix}.self_attn"),
         feed_forward_norm=checkpoint.vector(f"{prefix}.post_attention_layernorm.weight", hidden),
         feed_forward=(
-            _mixture(checkpoint, config, f"{prefix}.block_sparse_moe")
+            _mixture(checkpoint, config, kernels, f"{prefix}.block_sparse_moe")
             if config.is_mixture(layer)
-            else _dense(checkpoint, f"{prefix}.mlp", hidden, config.intermediate_size)
+            else _dense(checkpoint, kernels, f"{prefix}.mlp", hidden, config.intermediate_size)
         ),
     )
 
 
-def _kda(checkpoint: "_Checkpoint", config: KimiLinearConfig, prefix: str) -> KdaWeights:
+def _kda(
+    checkpoint: "_Checkpoint", config: KimiLinearConfig, kernels: Kernels, prefix: str
+) -> KdaWeights:
     hidden, linear = config.hidden_size, config.linear_attn_config
     heads, rank, taps = linear.num_heads, linear.head_dim, linear.short_conv_kernel_size
     channels = heads * linear.head_dim
@@ -95,49 +103,63 @@ def _kda(checkpoint: "_Checkpoint", config: KimiLinearConfig, prefix: str) -> Kd
     }
     convolutions = {f"{prefix}.{name}_conv1d.weight": (channels, taps) for name in "qkv"}
     return KdaWeights(
-        projections=checkpoint.stacked(
-            {f"{prefix}.{name}.weight": (rows, hidden) for name, rows in outputs.items()}
+        projections=kernels.linear(
+            checkpoint.stacked(
+                {f"{prefix}.{name}.weight": (rows, hidden) for name, rows in outputs.items()}
+            )
         ),
-        convolution=checkpoint.stacked(convolutions).T.contiguous(),
-        decay_up=checkpoint.matrix(f"{prefix}.f_b_proj.weight", (channels, rank)),
+        convolution=checkpoint.stacked(convolutions).T.to(kernels.activation_dtype).contiguous(),
+        decay_up=kernels.linear(checkpoint.matrix(f"{prefix}.f_b_proj.weight", (channels, rank))),
         decay_bias=checkpoint.vector(f"{prefix}.dt_bias", channels),
-        decay_rate=checkpoint.vector(f"{prefix}.A_log", heads).exp(),
-        gate_up=checkpoint.matrix(f"{prefix}.g_b_proj.weight", (channels, rank)),
+        negative_decay_rate=-checkpoint.vector(f"{prefix}.A_log", heads).exp().unsqueeze(-1),
+        gate_up=kernels.linear(checkpoint.matrix(f"{prefix}.g_b_proj.weight", (channels, rank))),
         output_norm=checkpoint.vector(f"{prefix}.o_norm.weight", linear.head_dim),
-        output=checkpoint.matrix(f"{prefix}.o_proj.weight", (hidden, channels)),
+        output=kernels.linear(checkpoint.matrix(f"{prefix}.o_proj.weight", (hidden, channels))),
     )
 
 
-def _mla(checkpoint: "_Checkpoint", config: KimiLinearConfig, prefix: str) -> MlaWeights:
+def _mla(
+    checkpoint: "_Checkpoint", config: KimiLinearConfig, kernels: Kernels, prefix: str
+) -> MlaWeights:
     hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     key_value_up = checkpoint.matrix(f"{prefix}.kv_b_proj.weight", (heads * (nope + value), rank))
     return MlaWeights(
-        projections=checkpoint.stacked(
-            {
-                f"{prefix}.q_proj.weight": (heads * (nope + rope), hidden),
-                f"{prefix}.kv_a_proj_with_mqa.weight": (rank + rope, hidden),
-            }
+        projections=kernels.linear(
+            checkpoint.stacked(
+                {
+                    f"{prefix}.q_proj.weight": (heads * (nope + rope), hidden),
+                    f"{prefix}.kv_a_proj_with_mqa.weight": (rank + rope, hidden),
+                }
+            )
         ),
         latent_norm=checkpoint.vector(f"{prefix}.kv_a_layernorm.weight", rank),
         key_value_up=key_value_up.view(heads, nope + value, rank),
-        output=checkpoint.matrix(f"{prefix}.o_proj.weight", (hidden, heads * value)),
-    )
-
-
-def _dense(checkpoint: "_Checkpoint", prefix: str, hidden: int, width: int) -> DenseWeights:
-    return DenseWeights(
-        gate_and_up=checkpoint.stacked(
-            {
-                f"{prefix}.gate_proj.weight": (width, hidden),
-                f"{prefix}.up_proj.weight": (width, hidden),
-            }
+        output=kernels.linear(
+            checkpoint.matrix(f"{prefix}.o_proj.weight", (hidden, heads * value))
         ),
-        down=checkpoint.matrix(f"{prefix}.down_proj.weight", (hidden, width)),
     )
 
 
-def _mixture(checkpoint: "_Checkpoint", config: KimiLinearConfig, prefix: str) -> MixtureWeights:
+def _dense(
+    checkpoint: "_Checkpoint", kernels: Kernels, prefix: str, hidden: int, width: int
+) -> DenseWeights:
+    return DenseWeights(
+        gate_and_up=kernels.linear(
+            checkpoint.stacked(
+                {
+                    f"{prefix}.gate_proj.weight": (width, hidden),
+                    f"{prefix}.up_proj.weight": (width, hidden),
+                }
+            )
+        ),
+        down=kernels.linear(checkpoint.matrix(f"{prefix}.down_proj.weight", (hidden, width))),
+    )
+
+
+def _mixture(
+    checkpoint: "_Checkpoint", config: KimiLinearConfig, kernels: Kernels, prefix: str
+) -> MixtureWeights:
     hidden, experts, width = config.hidden_size, config.num_experts, config.moe_intermediate_size
     names = [f"{prefix}.experts.{expert}" for expert in range(experts)]
     gate_and_up = checkpoint.stacked(
@@ -148,9 +170,14 @@ def _mixture(checkpoint: "_Checkpoint", config: KimiLinearConfig, prefix: str) -
     return MixtureWeights(
         router=checkpoint.matrix(f"{prefix}.gate.weight", (experts, hidden), torch.float32),
         choice_bias=checkpoint.vector(f"{prefix}.gate.e_score_correction_bias", experts),
-        gate_and_up=gate_and_up.view(experts, 2 * width, hidden),
-        down=down.view(experts, hidden, width),
-        shared=_dense(checkpoint, f"{prefix}.shared_experts", hidden, shared) if shared else None,
+        experts=kernels.experts(
+            gate_and_up.view(experts, 2 * width, hidden), down.view(experts, hidden, width)
+        ),
+        shared=(
+            _dense(checkpoint, kernels, f"{prefix}.shared_experts", hidden, shared)
+            if shared
+            else None
+        ),
     )
 
 

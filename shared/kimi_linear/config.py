@@ -16,8 +16,9 @@ from pydantic import (
 )
 
 from shared.errors import CheckpointError
+from shared.kernels.dtypes import StateDType
 from shared.kimi_linear.model_files import first_problem, read_json
-from shared.kimi_linear.state_layout import DTypeName, StateLayout
+from shared.kimi_linear.state_layout import StateLayout
 
 CONFIG_FILE: Final = "config.json"
 GENERATION_CONFIG_FILE: Final = "generation_config.json"
@@ -186,7 +187,7 @@ class KimiLinearConfig(BaseModel):
         """Whether a layer, counted from 0, has experts; its feed-forward is dense otherwise."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
-    def state_layout(self, dtype: DTypeName) -> StateLayout:
+    def state_layout(self, dtype: StateDType) -> StateLayout:
         """The state of one request of an engine whose weights and activations have this dtype."""
         linear = self.linear_attn_config
         return StateLayout(

@@ -16,7 +16,8 @@ class DenseFeedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, hidden]` to `[T, hidden]`."""
-        return gated_linear(x, self._weights.gate_and_up, self._weights.down)
+        gate, up = self._weights.gate_and_up(x).chunk(2, dim=-1)
+        return self._weights.down(functional.silu(gate).mul_(up))
 
 
 class MixtureOfExperts:
@@ -32,31 +33,8 @@ class MixtureOfExperts:
         experts, shares = choose_experts(
             x, self._weights.router, self._weights.choice_bias, self._config
         )
-        output = self._routed(x, experts, shares).to(x.dtype)
+        output = self._weights.experts(x, experts, shares)
         return output if self._shared is None else output + self._shared(x)
-
-    def _routed(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
-        """Each expert once, over all the tokens that chose it: `[T, hidden]`, fp32."""
-        order = experts.flatten().argsort(stable=True)
-        tokens = order.div(experts.shape[-1], rounding_mode="floor")
-        shares = shares.flatten()[order].unsqueeze(-1)
-        counts = experts.flatten().bincount(minlength=self._config.num_experts).tolist()
-        output = torch.zeros(x.shape, dtype=torch.float32)
-        stop = 0
-        for expert, count in enumerate(counts):
-            start, stop = stop, stop + count
-            if count:
-                rows = tokens[start:stop]
-                gate_and_up, down = self._weights.gate_and_up[expert], self._weights.down[expert]
-                answer = gated_linear(x[rows], gate_and_up, down)
-                output.index_add_(0, rows, answer.float() * shares[start:stop])
-        return output
-
-
-def gated_linear(x: Tensor, gate_and_up: Tensor, down: Tensor) -> Tensor:
-    """down(silu(gate x) * up x) for `x` `[T, hidden]`, gate above up `[2 * I, hidden]`."""
-    gate, up = functional.linear(x, gate_and_up).chunk(2, dim=-1)
-    return functional.linear(functional.silu(gate) * up, down)
 
 
 def choose_experts(

@@ -1,16 +1,17 @@
 """A Kimi Delta Attention layer: projections, short convolutions, recurrence, gated output."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.kernels.batch import Batch
 from shared.kernels.dispatch import Kernels
 from shared.kimi_linear.config import KimiLinearConfig
-from shared.kimi_linear.normalization import gated_rms_norm, l2_normalize
-from shared.kimi_linear.request_state import RequestState
+from shared.kimi_linear.state_pool import StatePool
 from shared.kimi_linear.weights import KdaWeights
+
+L2_EPSILON = 1e-6
+"""Of the query and key normalisation: fixed in the published model."""
 
 
 class KdaAttention:
@@ -26,56 +27,42 @@ class KdaAttention:
         self._head_dim = config.linear_attn_config.head_dim
         self._epsilon = config.rms_norm_eps
 
-    def prefill(self, x: Tensor, state: RequestState) -> Tensor:
-        """Attend T successive tokens of one request, `[T, hidden]`, and advance its state."""
-        recurrent, convolution = state.recurrent[self._index], state.convolution[self._index]
+    def __call__(self, x: Tensor, pool: StatePool, batch: Batch) -> Tensor:
+        """Attend the batch's tokens, `[T, hidden]`, and advance their requests' KDA states."""
+        weights, kernels = self._weights, self._kernels
         inputs, low_rank = self._project(x)
-        convolved, inputs_left = self._kernels.convolution_prefill(
-            inputs, self._weights.convolution, convolution
+        convolved = kernels.convolution(
+            inputs, weights.convolution, pool.convolution[self._index], batch
         )
-        q, k, v = (operand.unsqueeze(0) for operand in self._heads_of(convolved))
-        g, beta = (operand.unsqueeze(0) for operand in self._decay_and_step(low_rank))
-        attended, final = self._kernels.kda_prefill(q, k, v, g, beta, recurrent.unsqueeze(0))
-        convolution.copy_(inputs_left)
-        recurrent.copy_(final.squeeze(0))
-        return self._output(attended.squeeze(0), low_rank)
-
-    def decode(self, x: Tensor, states: Sequence[RequestState]) -> Tensor:
-        """Attend one token of each of B requests, `[B, hidden]`, and advance their states."""
-        inputs, low_rank = self._project(x)
-        convolved = self._kernels.convolution_decode(
-            inputs, self._weights.convolution, [state.convolution[self._index] for state in states]
-        )
-        attended = self._kernels.kda_decode(
+        attended = kernels.kda(
             *self._heads_of(convolved),
             *self._decay_and_step(low_rank),
-            [state.recurrent[self._index] for state in states],
+            pool.recurrent[self._index],
+            batch,
         )
-        return self._output(attended, low_rank)
+        gate = weights.gate_up(low_rank[:, self._head_dim : 2 * self._head_dim])
+        gated = kernels.gated_rms_norm(
+            attended, gate.view(attended.shape), weights.output_norm, self._epsilon
+        )
+        return weights.output(gated.flatten(-2))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs of the convolutions `[T, 3 * H * K]`, and f_a, g_a and b `[T, 2 * K + H]`."""
         channels = 3 * self._heads * self._head_dim
-        projected = functional.linear(x, self._weights.projections)
+        projected = self._weights.projections(x)
         return projected[:, :channels], projected[:, channels:]
 
     def _heads_of(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, each `[T, H, K]`."""
-        activated = functional.silu(convolved).view(-1, 3, self._heads, self._head_dim)
-        query, key = l2_normalize(activated[:, :2]).unbind(dim=1)
-        return query, key, activated[:, 2]
+        activated = functional.silu(convolved, inplace=True)
+        heads = activated.view(-1, 3, self._heads, self._head_dim)
+        query, key = self._kernels.l2_normalize(heads[:, :2], L2_EPSILON).unbind(dim=1)
+        return query, key, heads[:, 2]
 
     def _decay_and_step(self, low_rank: Tensor) -> tuple[Tensor, Tensor]:
         """Log decays g `[T, H, K]` and steps beta `[T, H]`, fp32."""
         weights = self._weights
-        raised = functional.linear(low_rank[:, : self._head_dim], weights.decay_up).float()
-        softplus = functional.softplus(raised + weights.decay_bias)
-        g = -weights.decay_rate.unsqueeze(-1) * softplus.view(-1, self._heads, self._head_dim)
-        return g, torch.sigmoid(low_rank[:, 2 * self._head_dim :].float())
-
-    def _output(self, attended: Tensor, low_rank: Tensor) -> Tensor:
-        weights = self._weights
-        low_rank_gate = low_rank[:, self._head_dim : 2 * self._head_dim]
-        gate = functional.linear(low_rank_gate, weights.gate_up).view(attended.shape)
-        gated = gated_rms_norm(attended, gate, weights.output_norm, self._epsilon)
-        return functional.linear(gated.flatten(-2), weights.output)
+        raised = weights.decay_up(low_rank[:, : self._head_dim]).float().add_(weights.decay_bias)
+        softplus = functional.softplus(raised).view(-1, self._heads, self._head_dim)
+        beta = torch.sigmoid(low_rank[:, 2 * self._head_dim :].float())
+        return softplus.mul_(weights.negative_decay_rate), beta

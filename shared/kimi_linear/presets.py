@@ -17,7 +17,7 @@ from shared.errors import CheckpointError
 from shared.kimi_linear.config import CONFIG_FILE, GENERATION_CONFIG_FILE, KimiLinearConfig
 from shared.kimi_linear.tokenizer.byte_level import BYTE_TOKENIZER_FILE, BYTES, ByteTokenizerFile
 
-PresetName = Literal["tiny", "small"]
+PresetName = Literal["tiny", "small", "medium"]
 Array = NDArray[Any]
 
 BOS, EOS, PAD = BYTES, BYTES + 1, BYTES + 2
@@ -51,12 +51,13 @@ def _config(  # noqa: PLR0913 - the sizes of a model
     experts: int,
     experts_per_token: int,
     expert_width: int,
+    vocabulary: int = VOCABULARY,
 ) -> KimiLinearConfig:
     mla = tuple(range(4, layers + 1, 4))
     return KimiLinearConfig.model_validate(
         {
             "model_type": "kimi_linear",
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
             "hidden_size": hidden,
             "num_hidden_layers": layers,
             "rms_norm_eps": 1e-5,
@@ -120,8 +121,28 @@ PRESETS: Final[dict[PresetName, Preset]] = {
         ),
         dtype=np.float16,
     ),
+    "medium": Preset(
+        _config(
+            hidden=576,
+            heads=8,
+            head_dim=128,
+            latent_rank=256,
+            rope=64,
+            layers=12,
+            dense_width=1536,
+            experts=32,
+            experts_per_token=4,
+            expert_width=256,
+            vocabulary=8192,
+        ),
+        dtype=np.float16,
+    ),
 }
-"""About 1.8 and 75 million parameters."""
+"""About 1.8, 75 and 205 million parameters.
+
+The last one is there to be measured: its heads have the published sizes, its width is a quarter of
+the published one.
+"""
 
 
 def write_random_checkpoint(directory: str | Path, preset: PresetName, seed: int = 0) -> None:
@@ -145,7 +166,8 @@ def write_random_checkpoint(directory: str | Path, preset: PresetName, seed: int
     save_file(dict(_tensors(chosen, seed)), root / "model.safetensors", metadata={"format": "pt"})
     _write_json(root / GENERATION_CONFIG_FILE, {"bos_token_id": BOS, "eos_token_id": EOS})
     tokenizer = ByteTokenizerFile(
-        vocab_size=VOCABULARY, special_tokens={"<|bos|>": BOS, "<|eos|>": EOS, "<|pad|>": PAD}
+        vocab_size=chosen.config.vocab_size,
+        special_tokens={"<|bos|>": BOS, "<|eos|>": EOS, "<|pad|>": PAD},
     )
     _write_json(root / BYTE_TOKENIZER_FILE, tokenizer.model_dump())
     _write_json(root / CONFIG_FILE, _published_fields(chosen))
@@ -195,8 +217,8 @@ class _Weights:
 
 def _tensors(preset: Preset, seed: int) -> Iterator[tuple[str, Array]]:
     config, weights = preset.config, _Weights(seed, preset.dtype)
-    hidden = config.hidden_size
-    embedding = weights.normal(VOCABULARY, hidden, scale=EMBEDDING_SCALE)
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    embedding = weights.normal(vocabulary, hidden, scale=EMBEDDING_SCALE)
     yield "model.embed_tokens.weight", weights.stored(embedding)
     for layer, kind in enumerate(config.layer_kinds):
         prefix = f"model.layers.{layer}"
@@ -206,10 +228,8 @@ def _tensors(preset: Preset, seed: int) -> Iterator[tuple[str, Array]]:
         yield f"{prefix}.post_attention_layernorm.weight", weights.norm(hidden)
         yield from _feed_forward_tensors(config, weights, layer)
     yield "model.norm.weight", weights.norm(hidden)
-    yield (
-        "lm_head.weight",
-        weights.stored(weights.normal(VOCABULARY, hidden) * _head_scales(hidden)),
-    )
+    head = weights.normal(vocabulary, hidden) * _head_scales(vocabulary, hidden)
+    yield "lm_head.weight", weights.stored(head)
 
 
 def _prefixed(prefix: str, tensors: Iterator[tuple[str, Array]]) -> Iterator[tuple[str, Array]]:
@@ -273,8 +293,8 @@ def _dense_tensors(
     yield f"{prefix}.down_proj.weight", weights.matrix(hidden, width)
 
 
-def _head_scales(hidden: int) -> NDArray[np.float32]:
+def _head_scales(vocabulary: int, hidden: int) -> NDArray[np.float32]:
     """Of the rows of the head, `[vocabulary, 1]`: its inputs are normalised."""
-    scales = np.full((VOCABULARY, 1), OTHER_LOGIT_SCALE, dtype=np.float32)
+    scales = np.full((vocabulary, 1), OTHER_LOGIT_SCALE, dtype=np.float32)
     scales[ord(" ") : ord("~") + 1] = PRINTABLE_LOGIT_SCALE
     return scales / np.float32(hidden**0.5)

@@ -1,107 +1,110 @@
 """The state of one request while it is being prefilled or decoded."""
 
-from typing import Final, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from shared.errors import SegmentShapeError
+from shared.kernels.batch import Placement
+from shared.kernels.dtypes import StateDType
 from shared.kimi_linear.snapshot import KdaSnapshot
-from shared.kimi_linear.state_layout import StateLayout
-
-SMALLEST_GROWTH: Final = 256
-"""Tokens by which the latent buffer grows at least; otherwise by a quarter of its size."""
+from shared.kimi_linear.state_pool import TORCH_DTYPES, StatePool
 
 
 class RequestState:
     """Everything the model keeps of a request: KDA states, and the latents of all its tokens.
 
     The model writes to it in place. When a prefill or decode raises midway the state is neither the
-    old nor the new one and has to be dropped.
+    old nor the new one: it can be cleared or released. As a context manager it is released at the
+    end.
+
+    Room that is released while something computes on it is given back when that ends: what is
+    cancelled never takes memory away from a computation, nor lets another request have it too.
 
     Attributes:
         layout: shapes and dtypes.
         length: tokens seen.
-        recurrent: `[kda_layers, heads, K, V]`, fp32.
-        convolution: `[kda_layers, taps, 3 * heads * K]`, oldest input first: the snapshot's
-            transposed, so that an input is one row, as it is among the activations.
+        capacity: tokens that it has room for.
     """
 
-    def __init__(
-        self,
-        layout: StateLayout,
-        length: int,
-        recurrent: Tensor,
-        convolution: Tensor,
-        latents: Tensor,
-    ) -> None:
-        self.layout = layout
-        self.length = length
-        self.recurrent = recurrent
-        self.convolution = convolution
-        self._latents = latents
+    def __init__(self, pool: StatePool, capacity: int) -> None:
+        self.layout = pool.layout
+        self.length = 0
+        self.capacity = capacity
+        self._pool = pool
+        self._imported = 0
+        self._uses = 0
+        self._released = False
+        self._placement: Placement | None = pool.place(capacity)
+        self.clear()
 
-    @classmethod
-    def empty(cls, layout: StateLayout) -> Self:
-        """The state before the first token."""
-        return cls(
-            layout,
-            length=0,
-            recurrent=torch.zeros(layout.recurrent_shape, dtype=_dtype(layout.recurrent_dtype)),
-            convolution=torch.zeros(
-                layout.convolution_shape, dtype=_dtype(layout.convolution_dtype)
-            ).mT.contiguous(),
-            latents=torch.empty(layout.latents_shape(0), dtype=_dtype(layout.latent_dtype)),
-        )
-
-    @classmethod
-    def restore(cls, layout: StateLayout, snapshot: KdaSnapshot, latents: Tensor) -> Self:
-        """Continue a state that was exported elsewhere.
-
-        Takes the recurrent states and the latents over without a copy: nobody else may write to
-        them from now on.
-
-        Args:
-            layout: what the model needs.
-            snapshot: KDA states at some length.
-            latents: of exactly that many tokens, `[mla_layers, length, latent_dim]`.
+    @contextmanager
+    def in_use(self) -> Iterator[Placement]:
+        """Keep the room while something reads or writes it; gives where it is.
 
         Raises:
-            SegmentShapeError: a shape or dtype is not what the layout says.
+            ValueError: the room was given back.
         """
-        if snapshot.length < 1:
-            raise SegmentShapeError(f"a state of {snapshot.length} tokens cannot be continued")
-        expected = (
-            ("recurrent", snapshot.recurrent, layout.recurrent_shape, layout.recurrent_dtype),
-            (
-                "convolution",
-                snapshot.convolution,
-                layout.convolution_shape,
-                layout.convolution_dtype,
-            ),
-            ("latents", latents, layout.latents_shape(snapshot.length), layout.latent_dtype),
-        )
-        for name, tensor, shape, dtype in expected:
-            if tuple(tensor.shape) != shape or tensor.dtype != _dtype(dtype):
-                raise SegmentShapeError(
-                    f"{name} state is {tensor.dtype} {tuple(tensor.shape)}, "
-                    f"expected {_dtype(dtype)} {shape}"
-                )
-        return cls(
-            layout,
-            length=snapshot.length,
-            recurrent=snapshot.recurrent.contiguous(),
-            convolution=snapshot.convolution.mT.contiguous(),
-            latents=latents.contiguous(),
-        )
+        with self._pool.lock:
+            placement = self._placement
+            if placement is None:
+                raise ValueError("the state was released")
+            self._uses += 1
+        try:
+            yield placement
+        finally:
+            with self._pool.lock:
+                self._uses -= 1
+            self._free_if_done()
+
+    def release(self) -> None:
+        """Give the room back, now or when nothing uses it any more; once is enough."""
+        self._released = True
+        self._free_if_done()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def _free_if_done(self) -> None:
+        with self._pool.lock:
+            if not self._released or self._uses or self._placement is None:
+                return
+            placement, self._placement = self._placement, None
+        self._pool.free(placement)
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens as seen, after all layers have seen them."""
+        self.length += tokens
+
+    def clear(self) -> None:
+        """Go back to before the first token."""
+        with self.in_use() as placement:
+            self.length = self._imported = 0
+            self._pool.clear(placement.slot)
+
+    # --- export ----------------------------------------------------------------------------
 
     def snapshot(self) -> KdaSnapshot:
-        """Copy the part of the state that is valid at this length only."""
-        return KdaSnapshot(
-            self.length,
-            recurrent=self.recurrent.clone(),
-            convolution=self.convolution.mT.clone(memory_format=torch.contiguous_format),
-        )
+        """Copy the part of the state that is valid at this length only, to the CPU."""
+        with self.in_use() as placement:
+            convolution = self._pool.convolution[:, placement.slot].mT.contiguous()
+            return KdaSnapshot(
+                self.length,
+                recurrent=self._pool.recurrent[:, placement.slot].to("cpu", copy=True),
+                convolution=convolution.to("cpu"),
+            )
 
     def export_latents(self, start: int, stop: int) -> Tensor:
         """Copy the latents of tokens [start, stop): `[mla_layers, stop - start, latent_dim]`.
@@ -111,39 +114,63 @@ class RequestState:
         """
         if not 0 <= start <= stop <= self.length:
             raise ValueError(f"no tokens [{start}, {stop}) in a state of {self.length}")
-        return self._latents[:, start:stop].clone(memory_format=torch.contiguous_format)
+        latents = self._pool.latents
+        exported = torch.empty(self.layout.latents_shape(stop - start), dtype=latents.dtype)
+        with self.in_use() as placement:
+            for rows, part in placement.split(start, stop):
+                exported[:, part] = latents[:, rows]
+        return exported
 
-    def append_latents(self, mla_layer: int, new: Tensor) -> Tensor:
-        """Put one layer's latents of the tokens being processed behind those of the tokens seen.
+    # --- import ----------------------------------------------------------------------------
 
-        Every MLA layer appends the same number of tokens before `advance` counts them.
+    def import_latents(self, latents: Tensor) -> None:
+        """Take in the latents of the next tokens of a state that was exported elsewhere.
 
         Args:
-            mla_layer: counted among the MLA layers, from 0.
-            new: `[n, latent_dim]`.
+            latents: `[mla_layers, n, latent_dim]`, of the tokens behind those imported so far.
 
-        Returns:
-            The layer's latents with the new ones, `[length + n, latent_dim]`; a view.
+        Raises:
+            SegmentShapeError: a shape or dtype is not what the layout says, or there is no room.
         """
-        stop = self.length + new.shape[0]
-        self._reserve(stop)
-        self._latents[mla_layer, self.length : stop] = new
-        return self._latents[mla_layer, :stop]
+        tokens = latents.shape[1] if latents.ndim == 3 else 0
+        expected = self.layout.latents_shape(tokens)
+        _check("latents", latents, expected, self.layout.latent_dtype)
+        start, stop = self._imported, self._imported + tokens
+        if stop > self.capacity:
+            raise SegmentShapeError(f"latents of {stop} tokens, there is room for {self.capacity}")
+        with self.in_use() as placement:
+            for rows, part in placement.split(start, stop):
+                self._pool.latents[:, rows] = latents[:, part]
+        self._imported = stop
 
-    def advance(self, tokens: int) -> None:
-        """Count tokens as seen, after all layers have seen them."""
-        self.length += tokens
+    def import_snapshot(self, snapshot: KdaSnapshot) -> None:
+        """Take in the KDA states that belong to the imported latents; the state is whole then.
 
-    def _reserve(self, tokens: int) -> None:
-        capacity = self._latents.shape[1]
-        if tokens <= capacity:
-            return
-        grown = max(tokens, capacity + max(capacity // 4, SMALLEST_GROWTH))
-        latents = self._latents.new_empty(self.layout.latents_shape(grown))
-        latents[:, : self.length] = self._latents[:, : self.length]
-        self._latents = latents
+        Raises:
+            SegmentShapeError: a shape or dtype is not what the layout says, or the snapshot is of
+                another length than the latents.
+        """
+        layout = self.layout
+        _check("recurrent", snapshot.recurrent, layout.recurrent_shape, layout.recurrent_dtype)
+        _check(
+            "convolution",
+            snapshot.convolution,
+            layout.convolution_shape,
+            layout.convolution_dtype,
+        )
+        if snapshot.length != self._imported or snapshot.length < 1:
+            raise SegmentShapeError(
+                f"KDA states at {snapshot.length} tokens with latents of {self._imported}"
+            )
+        with self.in_use() as placement:
+            self._pool.recurrent[:, placement.slot] = snapshot.recurrent
+            self._pool.convolution[:, placement.slot] = snapshot.convolution.mT
+        self.length = snapshot.length
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: StateDType) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != TORCH_DTYPES[dtype]:
+        raise SegmentShapeError(
+            f"{name} state is {tensor.dtype} {tuple(tensor.shape)}, "
+            f"expected {TORCH_DTYPES[dtype]} {shape}"
+        )

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import Final, Literal
+from typing import Final
 
-DTypeName = Literal["float32", "bfloat16"]
-DTYPE_BYTES: Final[dict[DTypeName, int]] = {"float32": 4, "bfloat16": 2}
+from shared.kernels.dtypes import StateDType
+
+DTYPE_BYTES: Final[dict[StateDType, int]] = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +25,9 @@ class StateLayout:
     mla_layers: int
     latent_dim: int
     """kv_lora_rank + qk_rope_head_dim."""
-    latent_dtype: DTypeName
-    convolution_dtype: DTypeName
-    recurrent_dtype: DTypeName = "float32"
+    latent_dtype: StateDType
+    convolution_dtype: StateDType
+    recurrent_dtype: StateDType = "float32"
 
     @property
     def convolution_channels(self) -> int:

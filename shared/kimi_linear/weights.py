@@ -1,33 +1,35 @@
 """The weights of a model as its layers use them: typed, immutable, fused where one product will do.
 
-Matrices are `[outputs, inputs]` in the engine's dtype. What decides rather than transports (norms,
-decays, the router) is fp32.
+Matrices, `[outputs, inputs]`, are in the form in which the kernels multiply. What decides rather
+than transports (norms, decays, the router) is fp32.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from shared.kernels.linear import Experts, Linear
+
 
 @dataclass(frozen=True, slots=True)
 class KdaWeights:
     """One KDA layer with H heads of K channels."""
 
-    projections: Tensor
+    projections: Linear
     """`[3 * H * K + 2 * K + H, hidden]`: q, k, v, then f_a and g_a (low rank), then b (beta)."""
     convolution: Tensor
     """`[taps + 1, 3 * H * K]`: oldest tap first; q, k and v channels."""
-    decay_up: Tensor
+    decay_up: Linear
     """f_b, `[H * K, K]`."""
     decay_bias: Tensor
     """dt_bias, `[H * K]`, fp32."""
-    decay_rate: Tensor
-    """exp(A_log), `[H]`, fp32."""
-    gate_up: Tensor
+    negative_decay_rate: Tensor
+    """-exp(A_log), `[H, 1]`, fp32."""
+    gate_up: Linear
     """g_b, `[H * K, K]`."""
     output_norm: Tensor
     """`[K]`, fp32."""
-    output: Tensor
+    output: Linear
     """`[hidden, H * K]`."""
 
 
@@ -35,13 +37,13 @@ class KdaWeights:
 class MlaWeights:
     """One MLA layer with H heads, N + P channels a key, V a value, and latents of R + P."""
 
-    projections: Tensor
+    projections: Linear
     """`[H * (N + P) + R + P, hidden]`: queries, then c_kv and k_pe."""
     latent_norm: Tensor
     """`[R]`, fp32."""
     key_value_up: Tensor
-    """kv_b, `[H, N + V, R]`."""
-    output: Tensor
+    """kv_b, `[H, N + V, R]`, in the dtype of the activations."""
+    output: Linear
     """`[hidden, H * V]`."""
 
 
@@ -49,9 +51,9 @@ class MlaWeights:
 class DenseWeights:
     """One gated feed-forward part of width I."""
 
-    gate_and_up: Tensor
+    gate_and_up: Linear
     """`[2 * I, hidden]`."""
-    down: Tensor
+    down: Linear
     """`[hidden, I]`."""
 
 
@@ -63,10 +65,8 @@ class MixtureWeights:
     """`[E, hidden]`, fp32."""
     choice_bias: Tensor
     """e_score_correction_bias, `[E]`, fp32."""
-    gate_and_up: Tensor
-    """w1 and w3, `[E, 2 * I, hidden]`."""
-    down: Tensor
-    """w2, `[E, hidden, I]`."""
+    experts: Experts
+    """w1 and w3 (gate above up), `[E, 2 * I, hidden]`, and w2 (down), `[E, hidden, I]`."""
     shared: DenseWeights | None
 
 
@@ -91,5 +91,5 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     """`[hidden]`, fp32."""
-    head: Tensor
+    head: Linear
     """`[vocabulary, hidden]`; the embedding itself when they are tied."""

@@ -27,8 +27,9 @@ from shared.errors import (
     SegmentTruncatedError,
     SegmentVersionError,
 )
+from shared.kernels.dtypes import StateDType
 from shared.kimi_linear.snapshot import KdaSnapshot
-from shared.kimi_linear.state_layout import DTYPE_BYTES, DTypeName, StateLayout
+from shared.kimi_linear.state_layout import DTYPE_BYTES, StateLayout
 from shared.messages import Epoch, Identifier
 from shared.state_blob.codecs import DEFAULT_CODEC, Codec, ReadableBuffer, codec_with_wire_id
 
@@ -42,7 +43,7 @@ MAX_METADATA_BYTES: Final = 64 * 2**10
 
 SegmentKind: TypeAlias = Literal["mla", "kda"]
 _KIND_IDS: Final[dict[SegmentKind, int]] = {"mla": 1, "kda": 2}
-_DTYPES: Final[dict[DTypeName, torch.dtype]] = {
+_DTYPES: Final[dict[StateDType, torch.dtype]] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
 }
@@ -183,7 +184,7 @@ class _TensorSpec:
     """A tensor that a layout demands."""
 
     name: str
-    dtype: DTypeName
+    dtype: StateDType
     shape: tuple[int, ...]
 
     @property
@@ -269,7 +270,7 @@ def _elements(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _dtype_name(tensor: Tensor) -> DTypeName:
+def _dtype_name(tensor: Tensor) -> StateDType:
     for name, dtype in _DTYPES.items():
         if tensor.dtype == dtype:
             return name

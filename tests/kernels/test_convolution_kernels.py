@@ -2,46 +2,61 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from shared.kernels import reference
-from shared.kernels.cpu.convolution import short_convolution, short_convolution_step
+from shared.kernels.batch import Batch
+from shared.kernels.cpu.convolution import short_convolution
+from tests.kernels.packing import SLOTS, other_slots, scattered
 
 CHANNELS = 12
 TAPS = 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_the_same_operands_every_time() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def random_states() -> Tensor:
+    return torch.randn(SLOTS, TAPS, CHANNELS)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 50])
-def test_it_is_the_plain_sum(tokens: int) -> None:
-    x, weight = torch.randn(tokens, CHANNELS), torch.randn(TAPS + 1, CHANNELS)
-    state = torch.randn(TAPS, CHANNELS)
-    expected, expected_state = reference.short_convolution(x, weight, state)
-    output, final = short_convolution(x, weight, state)
-    torch.testing.assert_close(output, expected)
-    assert torch.equal(final, expected_state)
+def expected_of(x: Tensor, weight: Tensor, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The plain form for each request by itself: outputs, and all states after them."""
+    outputs, after = [], states.clone()
+    for part in batch.parts:
+        slot = part.placement.slot
+        output, after[slot] = reference.short_convolution(
+            x[part.start : part.stop], weight, states[slot]
+        )
+        outputs.append(output)
+    return torch.cat(outputs), after
+
+
+@pytest.mark.parametrize(
+    "counts", [(1,), (2,), (3,), (4,), (50,), (1, 2, 3, 4, 50), (5, 1), (1, 1, 1)], ids=str
+)
+def test_it_is_the_plain_sum_for_each_request(counts: tuple[int, ...]) -> None:
+    batch, weight, states = scattered(counts), torch.randn(TAPS + 1, CHANNELS), random_states()
+    x = torch.randn(batch.rows, 2 * CHANNELS)[:, :CHANNELS]  # as a part of a wider projection
+    expected, expected_states = expected_of(x, weight, states, batch)
+    untouched = states[other_slots(batch)].clone()
+    torch.testing.assert_close(short_convolution(x, weight, states, batch), expected)
+    assert torch.equal(states, expected_states)
+    assert torch.equal(states[other_slots(batch)], untouched)
 
 
 def test_without_earlier_inputs_it_is_a_causal_depthwise_convolution() -> None:
     x, weight = torch.randn(20, CHANNELS), torch.randn(TAPS + 1, CHANNELS)
     padded = functional.pad(x.T, (TAPS, 0))
     expected = functional.conv1d(padded, weight.T.unsqueeze(1), groups=CHANNELS).T
-    output, _ = short_convolution(x, weight, torch.zeros(TAPS, CHANNELS))
+    output = short_convolution(x, weight, torch.zeros(SLOTS, TAPS, CHANNELS), scattered([20]))
     torch.testing.assert_close(output, expected)
 
 
 def test_decode_steps_continue_a_prefill() -> None:
     x, weight = torch.randn(2, 20, CHANNELS), torch.randn(TAPS + 1, CHANNELS)
-    nothing = torch.zeros(TAPS, CHANNELS)
-    whole = [short_convolution(sequence, weight, nothing) for sequence in x]
-    states = [short_convolution(sequence[:5], weight, nothing)[1].clone() for sequence in x]
+    whole_states, states = torch.zeros(2, SLOTS, TAPS, CHANNELS).unbind()
+    whole = short_convolution(x.flatten(0, 1), weight, whole_states, scattered([20, 20]))
+    short_convolution(x[:, :5].flatten(0, 1), weight, states, scattered([5, 5]))
     for t in range(5, 20):
-        output = short_convolution_step(x[:, t], weight, states)
-        torch.testing.assert_close(output, torch.stack([expected[t] for expected, _ in whole]))
-    for state, (_, final) in zip(states, whole, strict=True):
-        assert torch.equal(state, final)
+        output = short_convolution(x[:, t], weight, states, scattered([1, 1]))
+        torch.testing.assert_close(output, whole.view(2, 20, CHANNELS)[:, t])
+    assert torch.equal(states, whole_states)

@@ -1,15 +1,30 @@
-"""Kernels are chosen by device, once."""
+"""Kernels are chosen by device and width of the weights, once."""
 
 import pytest
+import torch
 
-from shared.kernels.cpu.kda import kda_chunked
-from shared.kernels.dispatch import kernels_for
+from shared.kernels.cpu.kda import kda
+from shared.kernels.dispatch import fastest_dtype, kernels_for
 
 
 def test_a_cpu_gets_the_torch_kernels() -> None:
-    assert kernels_for("cpu").kda_prefill is kda_chunked
+    assert kernels_for("cpu", "float32").kda is kda
+
+
+def test_activations_on_a_cpu_are_fp32_whatever_the_weights() -> None:
+    widths = [kernels_for("cpu", dtype) for dtype in ("float32", "bfloat16", "int8")]
+    assert {kernels.activation_dtype for kernels in widths} == {torch.float32}
+    assert widths[1].loaded_dtype is torch.bfloat16
 
 
 def test_a_device_without_kernels_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="'abacus'"):
-        kernels_for("abacus")
+        kernels_for("abacus", "float32")
+
+
+@pytest.mark.parametrize(("has_tiles", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_the_fastest_width_is_bf16_exactly_where_there_are_matrix_units_for_it(
+    monkeypatch: pytest.MonkeyPatch, has_tiles: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+    assert fastest_dtype("cpu") == expected

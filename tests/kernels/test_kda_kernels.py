@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from shared.kernels.cpu.kda import kda_chunked, kda_step
+from shared.kernels.batch import Batch
+from shared.kernels.cpu.kda import kda
 from shared.kernels.reference import kda_recurrence
+from tests.kernels.packing import SLOTS, other_slots, scattered
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "kda_ops.npz"
 CASES = [
@@ -32,21 +34,35 @@ KdaForm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tenso
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The kernel over whole sequences, packed, in the signature of the recurrence."""
+    batch = scattered([q.shape[1]] * q.shape[0])
+    states = in_pool(initial_state, batch)
+    q_rows, k_rows, v_rows, g_rows, beta_rows = (x.flatten(0, 1) for x in (q, k, v, g, beta))
+    o = kda(q_rows, k_rows, v_rows, g_rows, beta_rows, states, batch)
+    return o.view(*q.shape[:2], *o.shape[1:]), states[batch.slots]
 
 
 def step_by_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The decode kernel over a sequence, in the signature of the recurrence."""
-    state = initial_state.clone()
+    """The kernel as in decode, a token of each sequence at a time."""
+    batch = scattered([1] * q.shape[0])
+    states = in_pool(initial_state, batch)
     outputs = [
-        kda_step(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], list(state))
+        kda(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], states, batch)
         for t in range(q.shape[1])
     ]
-    return torch.stack(outputs, dim=1), state
+    return torch.stack(outputs, dim=1), states[batch.slots]
+
+
+def in_pool(initial_state: Tensor, batch: Batch) -> Tensor:
+    """States `[B, H, K, V]` in the slots of a batch, and others around them."""
+    states = torch.randn(SLOTS, *initial_state.shape[1:])
+    states[batch.slots] = initial_state.float()
+    return states
 
 
 def load_case(case: str) -> tuple[Operands, Tensor, Tensor]:
@@ -82,7 +98,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", [kda_recurrence, kda_chunked, step_by_step])
+@pytest.mark.parametrize("form", [kda_recurrence, chunked, step_by_step])
 def test_every_form_agrees_with_the_float64_reference(form: KdaForm, case: str) -> None:
     operands, expected_o, expected_state = load_case(case)
     o, state = form(*operands)
@@ -101,50 +117,64 @@ def test_the_chunked_form_is_the_recurrence_at_any_length_and_decay(
 ) -> None:
     operands = random_operands(tokens=tokens, decay=decay, batch=2, seed=seed)
     expected_o, expected_state = kda_recurrence(*(x.double() for x in operands))
-    o, state = kda_chunked(*operands)
+    o, state = chunked(*operands)
     torch.testing.assert_close(o.double(), expected_o, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state.double(), expected_state, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 140), min_size=1, max_size=4),
+    decay=st.sampled_from([0.01, 1.0, 500.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_packed_requests_are_each_computed_as_alone(
+    counts: list[int], decay: float, seed: int
+) -> None:
+    batch = scattered(counts, seed=seed)
+    (q, k, v, g, beta, _) = (
+        x[0] for x in random_operands(tokens=batch.rows, decay=decay, seed=seed)
+    )
+    states = torch.randn(SLOTS, *q.shape[1:], v.shape[-1])
+    before = states.clone()
+    o = kda(q, k, v, g, beta, states, batch)
+    for part in batch.parts:
+        rows, slot = slice(part.start, part.stop), part.placement.slot
+        one_q, one_k, one_v, one_g, one_beta, initial = (
+            x.unsqueeze(0).double()
+            for x in (q[rows], k[rows], v[rows], g[rows], beta[rows], before[slot])
+        )
+        expected_o, expected_state = kda_recurrence(one_q, one_k, one_v, one_g, one_beta, initial)
+        torch.testing.assert_close(o[rows].double(), expected_o[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states[slot].double(), expected_state[0], rtol=1e-4, atol=1e-5)
+    others = other_slots(batch)
+    assert torch.equal(states[others], before[others])
 
 
 @pytest.mark.parametrize("split", [1, 63, 64, 65, 127, 128, 130])
 def test_a_sequence_may_be_continued_at_any_token(split: int) -> None:
     q, k, v, g, beta, initial = random_operands(tokens=200, decay=1.0)
-    expected_o, expected_state = kda_chunked(q, k, v, g, beta, initial)
+    expected_o, expected_state = chunked(q, k, v, g, beta, initial)
     head, tail = slice(split), slice(split, None)
-    first, state = kda_chunked(
-        q[:, head], k[:, head], v[:, head], g[:, head], beta[:, head], initial
-    )
-    second, state = kda_chunked(
-        q[:, tail], k[:, tail], v[:, tail], g[:, tail], beta[:, tail], state
-    )
+    first, state = chunked(q[:, head], k[:, head], v[:, head], g[:, head], beta[:, head], initial)
+    second, state = chunked(q[:, tail], k[:, tail], v[:, tail], g[:, tail], beta[:, tail], state)
     torch.testing.assert_close(torch.cat((first, second), dim=1), expected_o, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
 
 
-def test_prefill_leaves_the_initial_state_alone_and_decode_advances_it_in_place() -> None:
-    q, k, v, g, beta, initial = random_operands(tokens=1, decay=1.0)
-    before = initial.clone()
-    _, final = kda_chunked(q, k, v, g, beta, initial)
-    assert torch.equal(initial, before)
-    kda_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], list(initial))
-    torch.testing.assert_close(initial, final)
-
-
-def test_requests_in_a_decode_step_do_not_touch_each_other() -> None:
+def test_a_request_in_a_decode_step_is_bit_for_bit_what_it_is_alone() -> None:
     q, k, v, g, beta, initial = random_operands(tokens=1, decay=1.0, batch=3)
-    q, k, v, g, beta = (x[:, 0] for x in (q, k, v, g, beta))
-    together = initial.clone()
-    o = kda_step(q, k, v, g, beta, list(together))
+    together, states = step_by_step(q, k, v, g, beta, initial)
     for request in range(3):
-        alone, row = initial[request].clone(), slice(request, request + 1)
-        o_alone = kda_step(q[row], k[row], v[row], g[row], beta[row], [alone])
-        assert torch.equal(o[request], o_alone[0])
-        assert torch.equal(together[request], alone)
+        row = slice(request, request + 1)
+        alone, state = step_by_step(q[row], k[row], v[row], g[row], beta[row], initial[row])
+        assert torch.equal(together[row], alone)
+        assert torch.equal(states[row], state)
 
 
 def test_half_precision_operands_are_computed_in_fp32() -> None:
     operands = tuple(x.bfloat16() for x in random_operands(tokens=70, decay=1.0))
-    o, state = kda_chunked(*operands)
+    o, state = chunked(*operands)
     expected_o, expected_state = kda_recurrence(*(x.double() for x in operands))
     assert o.dtype == state.dtype == torch.float32
     assert relative_error(o, expected_o) < TOLERANCE

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shared.errors import CheckpointError
+from shared.kernels.dispatch import kernels_for
 from shared.kimi_linear.checkpoint import load_weights
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.engine import Engine
@@ -23,18 +24,22 @@ EXPERT = "model.layers.5.block_sparse_moe.experts.7.w2.weight"
 
 
 def logits_of(directory: Path) -> Tensor:
-    engine = Engine.load(directory, "float32")
-    return engine.prefill(list(range(20)), engine.new_state())
+    return first_logits(Engine.load(directory, "float32"))
+
+
+def first_logits(engine: Engine) -> Tensor:
+    with engine.new_state(20) as state:
+        return engine.prefill([list(range(20))], [state])
 
 
 def load(directory: Path, progress: ReadProgress = unobserved) -> None:
     config = KimiLinearConfig.from_directory(directory)
-    load_weights(directory, config, torch.float32, progress)
+    load_weights(directory, config, kernels_for("cpu", "float32"), progress)
 
 
 @pytest.fixture
 def expected_logits(engine: Engine) -> Tensor:
-    return engine.prefill(list(range(20)), engine.new_state())
+    return first_logits(engine)
 
 
 def write_sharded(directory: Path, tensors: dict[str, Tensor]) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.kernels.cpu.experts import FloatExperts
+from shared.kernels.cpu.linear import PlainLinear
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.feed_forward import MixtureOfExperts, choose_experts
 from shared.kimi_linear.weights import DenseWeights, MixtureWeights
@@ -67,13 +69,14 @@ def test_choice_and_shares_are_those_of_a_plain_loop(
 def test_the_mixture_is_the_weighted_sum_of_the_chosen_experts(
     config: KimiLinearConfig, shared: bool
 ) -> None:
-    dense = DenseWeights(torch.randn(2 * WIDTH, HIDDEN), torch.randn(HIDDEN, WIDTH))
+    shared_up, shared_down = torch.randn(2 * WIDTH, HIDDEN), torch.randn(HIDDEN, WIDTH)
+    gate_and_up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN)
+    down = torch.randn(EXPERTS, HIDDEN, WIDTH)
     weights = MixtureWeights(
         router=torch.randn(EXPERTS, HIDDEN),
         choice_bias=torch.randn(EXPERTS),
-        gate_and_up=torch.randn(EXPERTS, 2 * WIDTH, HIDDEN),
-        down=torch.randn(EXPERTS, HIDDEN, WIDTH),
-        shared=dense if shared else None,
+        experts=FloatExperts(gate_and_up, down),
+        shared=DenseWeights(PlainLinear(shared_up), PlainLinear(shared_down)) if shared else None,
     )
 
     def answer(x: Tensor, gate_and_up: Tensor, down: Tensor) -> Tensor:
@@ -83,10 +86,8 @@ def test_the_mixture_is_the_weighted_sum_of_the_chosen_experts(
     x = torch.randn(TOKENS, HIDDEN)
     output = MixtureOfExperts(weights, config)(x)
     for token in range(TOKENS):
-        expected = answer(x[token], dense.gate_and_up, dense.down) if shared else torch.zeros(1)
+        expected = answer(x[token], shared_up, shared_down) if shared else torch.zeros(1)
         chosen = choose_plainly(x[token], weights.router, weights.choice_bias, config)
         for expert, share in chosen.items():
-            expected = expected + share * answer(
-                x[token], weights.gate_and_up[expert], weights.down[expert]
-            )
+            expected = expected + share * answer(x[token], gate_and_up[expert], down[expert])
         torch.testing.assert_close(output[token], expected, rtol=1e-4, atol=1e-3)

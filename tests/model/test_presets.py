@@ -53,8 +53,8 @@ def test_the_greedy_text_is_printable_and_does_not_repeat_itself(
 ) -> None:
     tokenizer = load_tokenizer(tiny_directory, VOCABULARY)
     assert tokenizer is not None
-    state = tiny.new_state()
-    logits = tiny.prefill(tokenizer.encode("The quick brown fox"), state)
+    state = tiny.new_state(200)
+    logits = tiny.prefill([tokenizer.encode("The quick brown fox")], [state])[0]
     tokens = []
     for _ in range(100):
         tokens.append(int(logits.argmax()))
@@ -64,15 +64,15 @@ def test_the_greedy_text_is_printable_and_does_not_repeat_itself(
 
 
 def test_a_long_prompt_stays_finite(tiny: Engine) -> None:
-    state = tiny.new_state()
+    state = tiny.new_state(4096)
     tokens = torch.randint(0, 256, (4096,)).tolist()
-    assert tiny.prefill(tokens, state).isfinite().all()
+    assert tiny.prefill([tokens], [state]).isfinite().all()
     assert state.snapshot().recurrent.abs().max() < 100
 
 
 def test_the_small_preset_loads_in_bfloat16(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path / "small", "small")
     engine = Engine.load(tmp_path / "small", "bfloat16")
-    state = engine.new_state()
-    assert engine.prefill([1, 2, 3], state).isfinite().all()
+    state = engine.new_state(4)
+    assert engine.prefill([[1, 2, 3]], [state]).isfinite().all()
     assert engine.decode([4], [state]).isfinite().all()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from shared.errors import CheckpointError
+from shared.kernels.dispatch import kernels_for
 from shared.kimi_linear.checkpoint import load_weights
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.presets import write_random_checkpoint
@@ -267,12 +268,13 @@ def anonymous_bytes() -> int:
 
 def memory_of_loading(warm_up: Path, directory: Path) -> tuple[int, int]:
     """Bytes of the weights in fp32, and by how many the anonymous memory grew to load them."""
-    held = load_weights(warm_up, KimiLinearConfig.from_directory(warm_up), torch.float32)
+    kernels = kernels_for("cpu", "float32")
+    held = load_weights(warm_up, KimiLinearConfig.from_directory(warm_up), kernels)
     config = KimiLinearConfig.from_directory(directory)
     before = anonymous_bytes()
     grown: list[int] = []
     weights = load_weights(
-        directory, config, torch.float32, lambda *_: grown.append(anonymous_bytes() - before)
+        directory, config, kernels, lambda *_: grown.append(anonymous_bytes() - before)
     )
     grown.append(anonymous_bytes() - before)
     del held, weights  # Not earlier: what the first left free would serve the second.

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shared.errors import SegmentTooLargeError
+from shared.kernels.dtypes import StateDType
 from shared.kimi_linear.snapshot import KdaSnapshot
-from shared.kimi_linear.state_layout import DTypeName, StateLayout
+from shared.kimi_linear.state_layout import StateLayout
 from shared.state_blob import segment
 from shared.state_blob.codecs import CODECS, Codec, RawCodec, ReadableBuffer
 from shared.state_blob.segment import (
@@ -41,7 +42,7 @@ LAYOUT = StateLayout(
 LATENTS_IDENTITY = SegmentIdentity("model-1", "request-1", 2, 64, 75, bytes(range(16)))
 SNAPSHOT_IDENTITY = replace(LATENTS_IDENTITY, start=75)
 
-TORCH_DTYPES: dict[DTypeName, torch.dtype] = {
+TORCH_DTYPES: dict[StateDType, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
 }
@@ -51,7 +52,7 @@ every_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.n
 dtypes = st.sampled_from(["float32", "bfloat16"])
 
 
-def any_bits(shape: tuple[int, ...], dtype: DTypeName, seed: int = 0) -> Tensor:
+def any_bits(shape: tuple[int, ...], dtype: StateDType, seed: int = 0) -> Tensor:
     """Draw elements of any bits, among them infinities, denormals and every kind of NaN."""
     bits = BITS[TORCH_DTYPES[dtype]]
     limits = torch.iinfo(bits)
@@ -60,7 +61,7 @@ def any_bits(shape: tuple[int, ...], dtype: DTypeName, seed: int = 0) -> Tensor:
     return drawn.view(TORCH_DTYPES[dtype])
 
 
-def steps(shape: tuple[int, ...], dtype: DTypeName) -> Tensor:
+def steps(shape: tuple[int, ...], dtype: StateDType) -> Tensor:
     """Count up in eighths from a negative number."""
     count = torch.Size(shape).numel()
     return ((torch.arange(count) - count // 3) / 8).reshape(shape).to(TORCH_DTYPES[dtype])
@@ -72,7 +73,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def snapshot_of(
-    draw: Callable[[tuple[int, ...], DTypeName], Tensor], layout: StateLayout
+    draw: Callable[[tuple[int, ...], StateDType], Tensor], layout: StateLayout
 ) -> KdaSnapshot:
     return KdaSnapshot(
         SNAPSHOT_IDENTITY.stop,
@@ -90,7 +91,7 @@ def snapshot_of(
     seed=st.integers(0, 1000),
 )
 def test_latents_come_back_bit_by_bit(
-    *, codec: Codec, mla_layers: int, tokens: int, latent_dim: int, dtype: DTypeName, seed: int
+    *, codec: Codec, mla_layers: int, tokens: int, latent_dim: int, dtype: StateDType, seed: int
 ) -> None:
     layout = replace(LAYOUT, mla_layers=mla_layers, latent_dim=latent_dim, latent_dtype=dtype)
     identity = replace(LATENTS_IDENTITY, stop=LATENTS_IDENTITY.start + tokens)
@@ -116,8 +117,8 @@ def test_snapshots_come_back_bit_by_bit(
     heads: int,
     head_dim: int,
     taps: int,
-    recurrent_dtype: DTypeName,
-    convolution_dtype: DTypeName,
+    recurrent_dtype: StateDType,
+    convolution_dtype: StateDType,
 ) -> None:
     layout = replace(
         LAYOUT,

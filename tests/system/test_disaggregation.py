@@ -19,9 +19,9 @@ def in_one_process(
     model: Path, prompt: tuple[int, ...], sampling: Sampling, tokens: int
 ) -> list[int]:
     """Generate without any of the system: one engine, one state, one prefill."""
-    engine = Engine.load(model, "float32", 1)
-    state = engine.new_state()
-    logits = engine.prefill(prompt, state)[None]
+    engine = Engine.load(model, "float32", threads=1)
+    state = engine.new_state(len(prompt) + tokens)
+    logits = engine.prefill([prompt], [state])
     text: list[int] = []
     for _ in range(tokens):
         (token,) = sample(logits, [Draw.of(sampling, prompt, text)])

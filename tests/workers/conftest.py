@@ -15,6 +15,7 @@ from shared.kimi_linear.engine import Engine
 from shared.kimi_linear.presets import write_random_checkpoint
 from shared.messages import Job, Sampling
 from shared.settings import PrefillWorkerSettings
+from shared.state_room import StateRoom
 from shared.streams.connection import connect
 from shared.streams.job_queue import JobQueue
 from shared.streams.state_store import StateStore
@@ -27,7 +28,7 @@ PROMPT = tuple(position % 250 for position in range(150))
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     directory = tmp_path_factory.mktemp("models") / "tiny"
     write_random_checkpoint(directory, "tiny", seed=5)
-    return Engine.load(directory, "float32", 1)
+    return Engine.load(directory, "float32", threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -54,10 +55,12 @@ async def queue(redis: Redis) -> JobQueue:
     return await live_worker(redis, "prefill-1", "prefill")
 
 
-@pytest.fixture
-def prefill(engine: Engine, compute: ComputeThread, store: StateStore) -> PrefillHandler:
+@pytest_asyncio.fixture
+async def prefill(engine: Engine, compute: ComputeThread, store: StateStore) -> PrefillHandler:
     settings = PrefillWorkerSettings(model=Path("unused"), chunk_tokens=64)
-    return PrefillHandler(engine, compute, store, settings, PrefillMetrics(CollectorRegistry()))
+    return PrefillHandler(
+        StateRoom(engine), compute, store, settings, PrefillMetrics(CollectorRegistry())
+    )
 
 
 GREEDY = Sampling(temperature=0, top_p=1, seed=0)

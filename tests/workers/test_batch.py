@@ -46,7 +46,9 @@ class Decoding:
     """A batch at work on real jobs."""
 
     def __init__(self, engine: Engine, compute: ComputeThread, redis: Redis) -> None:
-        self.engine = NanOnDemand(engine._model, engine.config, engine.layout, engine.fingerprint)
+        self.engine = NanOnDemand(
+            engine._model, engine.config, engine.fingerprint, engine.dtype, engine._pool
+        )
         self.publisher = TokenPublisher(redis, "decode")
         self.metrics = DecodeMetrics(CollectorRegistry())
         self.batch = ContinuousBatch(self.engine, compute, self.publisher, self.metrics)
@@ -65,19 +67,19 @@ class Decoding:
         asked = job(request_id, prompt=prompt, max_tokens=max_tokens, sampling=sampling)
         await self._queue.enqueue(asked, 10)
         attempt = await begin_next(self._queue)
-        state = self.engine.new_state()
-        logits = self.engine.prefill(prompt, state)
-        (first,) = sample(logits[None], [Draw.of(sampling, prompt)])
+        state = self.engine.new_state(len(prompt) + max_tokens)
+        logits = self.engine.prefill([prompt], [state])
+        (first,) = sample(logits, [Draw.of(sampling, prompt)])
         sequence = GrowingText(attempt, manifest(len(prompt), first), [])
         sequence.accept(first)
         return sequence, state
 
     def alone(self, prompt: tuple[int, ...], tokens: int) -> list[int]:
         """What one request by itself says."""
-        state = self.engine.new_state()
-        text = [int(self.engine.prefill(prompt, state).argmax())]
-        while len(text) < tokens:
-            text.append(int(self.engine.decode(text[-1:], [state])[0].argmax()))
+        with self.engine.new_state(len(prompt) + tokens) as state:
+            text = [int(self.engine.prefill([prompt], [state]).argmax())]
+            while len(text) < tokens:
+                text.append(int(self.engine.decode(text[-1:], [state])[0].argmax()))
         return text
 
 
@@ -155,7 +157,7 @@ async def test_a_replacement_worker_says_what_the_first_would_have_said(
     other, state = await decoding.begun("replacement", prompt, max_tokens=30, sampling=asked)
     continued = GrowingText(other.attempt, other.manifest, first.tokens[:12])
     await count_as_emitted(redis, continued)
-    decoding.engine.prefill(text_of(continued)[:-1], state)
+    decoding.engine.prefill([text_of(continued)[:-1]], [state])
     await decoding.batch.generate(continued, state)
     assert text_of(continued) == text_of(first)
 

@@ -76,7 +76,7 @@ async def test_a_worker_logs_loading_and_hashing_under_its_own_name(
     write_random_checkpoint(tmp_path / "model", "tiny")
     settings = PrefillWorkerSettings(model=tmp_path / "model", cache=tmp_path / "cache")
     with structlog.contextvars.bound_contextvars(identity="prefill-1"):
-        engine = await load_engine(settings, compute)
+        engine = await load_engine(settings, compute, slots=2)
     assert [line["event"] for line in lines.entries] == [
         "loading model",
         "hashing model",
@@ -92,5 +92,5 @@ async def test_a_worker_without_a_cache_loads_all_the_same(
 ) -> None:
     write_random_checkpoint(tmp_path / "model", "tiny")
     settings = PrefillWorkerSettings(model=tmp_path / "model", cache=None)
-    assert (await load_engine(settings, compute)).fingerprint
+    assert (await load_engine(settings, compute, slots=2)).fingerprint
     assert "hashing model" in [line["event"] for line in lines.entries]

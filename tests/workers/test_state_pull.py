@@ -52,10 +52,11 @@ async def test_the_restored_state_continues_as_the_one_that_was_computed(
         tasks.create_task(prefill.run(await begin_next(queue)))
         await pulling.begun()
         manifest = await pulling.manifest()
-        restored = await pulling.restored()
-    computed = engine.new_state()
+        restored = engine.new_state(len(PROMPT) + 1)
+        await pulling.restore(restored)
+    computed = engine.new_state(len(PROMPT) + 1)
     for start in range(0, len(PROMPT), 64):
-        engine.prefill(PROMPT[start : start + 64], computed)
+        engine.prefill([PROMPT[start : start + 64]], [computed])
     first = manifest.first_token.token_id
     assert torch.equal(engine.decode([first], [restored]), engine.decode([first], [computed]))
     assert [segment.kind for segment in manifest.segments] == ["mla", "mla", "mla", "kda"]
@@ -63,7 +64,7 @@ async def test_the_restored_state_continues_as_the_one_that_was_computed(
 
 
 async def test_what_an_attempt_that_died_had_published_is_dropped(
-    redis: Redis, queue: JobQueue, prefill: PrefillHandler, pull: Pull
+    engine: Engine, redis: Redis, queue: JobQueue, prefill: PrefillHandler, pull: Pull
 ) -> None:
     await queue.enqueue(job(), 10)
     dying = asyncio.create_task(prefill.run(await begin_next(queue)))
@@ -77,7 +78,7 @@ async def test_what_an_attempt_that_died_had_published_is_dropped(
     assert not isinstance(second, JobState)
     await prefill.run(second)
     manifest = await pulling.manifest()
-    await pulling.restored()
+    await pulling.restore(engine.new_state(len(PROMPT)))
     assert pulling.epoch == second.epoch
     assert all(f":{second.epoch}:" in segment.key for segment in manifest.segments)
 
@@ -160,7 +161,7 @@ async def test_the_state_of_another_model_is_refused(
 
 
 async def test_a_state_without_all_of_the_prompt_is_lost(
-    queue: JobQueue, prefill: PrefillHandler, pull: Pull
+    engine: Engine, queue: JobQueue, prefill: PrefillHandler, pull: Pull
 ) -> None:
     await queue.enqueue(job(), 10)
     await prefill.run(await begin_next(queue))
@@ -168,7 +169,7 @@ async def test_a_state_without_all_of_the_prompt_is_lost(
     manifest = await pulling.manifest()
     pulling._announced = list(manifest.segments[1:])
     with pytest.raises(StateLostError, match="does not cover the 150 prompt tokens"):
-        await pulling.restored()
+        await pulling.restore(engine.new_state(len(PROMPT)))
 
 
 async def test_a_region_out_of_reach_is_given_up_after_the_stall_timeout(

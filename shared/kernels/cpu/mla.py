@@ -1,72 +1,61 @@
 """Multi-head latent attention in torch operations, over blocks of keys so that memory is bounded.
 
-Projections run in the dtype of the activations; scores, softmax and weighted sums are fp32.
+Expansions run in the dtype of `key_value_up`; scores, softmax and weighted sums are fp32.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-QUERY_BLOCK: Final = 512
+from shared.kernels.batch import Batch, Part
+
 SCORES: Final = 2**20
 """Attention scores held at a time: 4 MiB, about what stays in the cache."""
 SMALLEST_KEY_BLOCK: Final = 256
 LARGEST_KEY_BLOCK: Final = 4096
 
-ScoreBlock = tuple[int, Tensor, Tensor]
-"""First key of the block, scores `[G, R, keys]` and values `[G, keys, V]`, both fp32."""
+KeyBlock = tuple[int, Tensor]
+"""Position of the first key, and latents `[keys, R + P]`."""
+Attend = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Latents of a block to scores `[G, rows, keys]` and values `[G, keys, V]`, both fp32."""
 
 
-def mla_attention(
-    q_nope: Tensor, q_rope: Tensor, latents: Tensor, key_value_up: Tensor, scale: float
+def latent_attention(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latents: Tensor,
+    key_value_up: Tensor,
+    scale: float,
+    batch: Batch,
 ) -> Tensor:
-    """Causal latent attention of the last T tokens over all S, in memory that S does not raise.
+    """Causal latent attention of each request's tokens over all its latents, in bounded memory.
 
     A few queries attend to the latents themselves, with the key expansion absorbed into them; for
     many it is less work to expand each block of keys and values.
 
-    Args and result are those of `reference.mla_attention`; the result has the dtype of the queries.
-    """
-    tokens, heads, nope = q_nope.shape
-    value = key_value_up.shape[1] - nope
-    output = q_nope.new_empty(tokens, heads, value)
-    for start in range(0, tokens, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, tokens)
-        attend = _attend_to_latents if _absorbs(stop - start, key_value_up) else _attend_to_keys
-        output[start:stop] = attend(
-            q_nope[start:stop],
-            q_rope[start:stop],
-            latents[: latents.shape[0] - tokens + stop],
-            key_value_up,
-            scale,
-        )
-    return output
-
-
-def mla_step(
-    q_nope: Tensor, q_rope: Tensor, latents: Sequence[Tensor], key_value_up: Tensor, scale: float
-) -> Tensor:
-    """One token of latent attention for each of B requests of different lengths, in absorbed form.
-
     Args:
-        q_nope: `[B, H, N]`.
-        q_rope: `[B, H, P]`.
-        latents: B tensors `[S_b, R + P]`, the token itself included.
+        q_nope: `[T, H, N]`.
+        q_rope: `[T, H, P]`.
+        latents: `[rows, R + P]`, one layer's pool; those of the batch's tokens are in it.
         key_value_up: `[H, N + V, R]`.
-        scale: factor of the scores.
+        scale: factor of the scores, (N + P)^-1/2.
+        batch: of T tokens.
 
     Returns:
-        `[B, H, V]` in the dtype of the queries.
+        `[T, H, V]` in the dtype of the queries: what `reference.mla_attention` gives for each
+        request by itself.
     """
-    key_up, value_up = _halves(key_value_up, q_nope.shape[-1])
-    absorbed = _absorb(q_nope, q_rope, key_up)
-    attended = [
-        _mean_latents(queries.unsqueeze(0), seen, key_up.shape[-1], scale)
-        for queries, seen in zip(absorbed, latents, strict=True)
-    ]
-    return _expand(torch.cat(attended), value_up)
+    if batch.is_decode:
+        return _attend_to_latents(q_nope, q_rope, latents, key_value_up, scale, batch.parts)
+    tokens, heads, nope = q_nope.shape
+    output = q_nope.new_empty(tokens, heads, key_value_up.shape[1] - nope)
+    for part in batch.parts:
+        rows = slice(part.start, part.stop)
+        attend = _attend_to_latents if _absorbs(part.tokens, key_value_up) else _attend_to_keys
+        output[rows] = attend(q_nope[rows], q_rope[rows], latents, key_value_up, scale, (part,))
+    return output
 
 
 def _absorbs(queries: int, key_value_up: Tensor) -> bool:
@@ -75,107 +64,118 @@ def _absorbs(queries: int, key_value_up: Tensor) -> bool:
     return queries * (2 * rank - nope_and_value) < rank * nope_and_value
 
 
-def _halves(key_value_up: Tensor, nope: int) -> tuple[Tensor, Tensor]:
-    return key_value_up[:, :nope], key_value_up[:, nope:]
-
-
 def _attend_to_latents(
-    q_nope: Tensor, q_rope: Tensor, latents: Tensor, key_value_up: Tensor, scale: float
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latents: Tensor,
+    key_value_up: Tensor,
+    scale: float,
+    parts: Sequence[Part],
 ) -> Tensor:
-    """As `mla_attention`, with the latents as keys and values of all heads."""
-    key_up, value_up = _halves(key_value_up, q_nope.shape[-1])
-    absorbed = _absorb(q_nope, q_rope, key_up)
-    return _expand(_mean_latents(absorbed, latents, key_up.shape[-1], scale), value_up)
+    """Attention of successive parts with the latents as keys and values of all heads.
+
+    Queries are taken to the latents, q^T (W_uk c) = (W_uk^T q)^T c, and mean latents to values.
+    """
+    tokens, heads, nope = q_nope.shape
+    rank = key_value_up.shape[-1]
+    key_up, value_up = key_value_up[:, :nope], key_value_up[:, nope:]
+    queries = q_nope.new_empty(tokens, heads, latents.shape[-1], dtype=torch.float32)
+    absorbed = torch.bmm(q_nope.to(key_up.dtype).transpose(0, 1), key_up)
+    torch.mul(absorbed.transpose(0, 1), scale, out=queries[..., :rank])
+    torch.mul(q_rope, scale, out=queries[..., rank:])
+    mean = queries.new_empty(tokens, heads, rank)
+    for part in parts:
+        rows = slice(part.start - parts[0].start, part.stop - parts[0].start)
+        mean[rows] = _mean_latents(queries[rows], latents, part, rank)
+    values = torch.bmm(mean.to(value_up.dtype).transpose(0, 1), value_up.mT)
+    return values.transpose(0, 1).to(q_nope.dtype)
 
 
-def _absorb(q_nope: Tensor, q_rope: Tensor, key_up: Tensor) -> Tensor:
-    """Queries against latents: q^T (W_uk c) = (W_uk^T q)^T c, so `[T, H, R + P]`."""
-    return torch.cat((torch.bmm(q_nope.transpose(0, 1), key_up).transpose(0, 1), q_rope), dim=-1)
+def _mean_latents(queries: Tensor, latents: Tensor, part: Part, rank: int) -> Tensor:
+    """Latents that the queries `[T, H, R + P]` of one part see, weighted: `[T, H, R]`, fp32."""
+    tokens, heads, _ = queries.shape
+    rows = queries.view(1, tokens * heads, -1)
 
+    def attend(block: Tensor) -> tuple[Tensor, Tensor]:
+        keys = block.float().unsqueeze(0)
+        return torch.bmm(rows, keys.mT), keys[..., :rank]
 
-def _expand(mean_latents: Tensor, value_up: Tensor) -> Tensor:
-    """Mean latents `[T, H, R]` to values `[T, H, V]` in the dtype of the weights."""
-    return torch.bmm(mean_latents.to(value_up.dtype).transpose(0, 1), value_up.mT).transpose(0, 1)
-
-
-def _mean_latents(absorbed: Tensor, latents: Tensor, rank: int, scale: float) -> Tensor:
-    """Latents that the queries `[T, H, R + P]` see, weighted by attention: `[T, H, R]`, fp32."""
-    tokens, heads, width = absorbed.shape
-    queries = scale * absorbed.float().reshape(1, tokens * heads, width)
-
-    def blocks() -> Iterator[ScoreBlock]:
-        for start, block in _key_blocks(latents, tokens * heads):
-            keys = block.float().unsqueeze(0)
-            yield start, torch.bmm(queries, keys.mT), keys[..., :rank]
-
-    mean = _softmax_over_blocks(
-        blocks(),
-        first_position=latents.shape[0] - tokens,
-        rows_per_token=heads,
-        mean=queries.new_zeros(1, tokens * heads, rank),
-    )
-    return mean.reshape(tokens, heads, rank)
+    blocks = _key_blocks(latents, part, rows.shape[1])
+    mean = _softmax_over_blocks(blocks, attend, first_position=part.seen, rows_per_token=heads)
+    return mean.view(tokens, heads, rank)
 
 
 def _attend_to_keys(
-    q_nope: Tensor, q_rope: Tensor, latents: Tensor, key_value_up: Tensor, scale: float
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latents: Tensor,
+    key_value_up: Tensor,
+    scale: float,
+    parts: Sequence[Part],
 ) -> Tensor:
-    """As `mla_attention`, with the keys and values of each head expanded block by block."""
+    """Attention of one part with the keys and values of each head expanded block by block."""
+    (part,) = parts
     tokens, heads, nope = q_nope.shape
     rank = key_value_up.shape[-1]
     up = key_value_up.flatten(0, 1).T
     nopes = scale * q_nope.float().transpose(0, 1)
     ropes = scale * q_rope.float().transpose(0, 1).flatten(0, 1)
 
-    def blocks() -> Iterator[ScoreBlock]:
-        for start, block in _key_blocks(latents, tokens * heads):
-            size = block.shape[0]
-            expanded = (block[:, :rank] @ up).float().view(size, heads, -1).transpose(0, 1)
-            shared = (ropes @ block[:, rank:].float().T).view(heads, tokens, size)
-            scores = shared.baddbmm_(nopes, expanded[..., :nope].mT)
-            yield start, scores, expanded[..., nope:]
+    def attend(block: Tensor) -> tuple[Tensor, Tensor]:
+        keys = block.shape[0]
+        expanded = (block[:, :rank].to(up.dtype) @ up).float()
+        by_head = expanded.view(keys, heads, -1).transpose(0, 1)
+        shared = (ropes @ block[:, rank:].float().T).view(heads, tokens, keys)
+        return shared.baddbmm_(nopes, by_head[..., :nope].mT), by_head[..., nope:]
 
-    mean = _softmax_over_blocks(
-        blocks(),
-        first_position=latents.shape[0] - tokens,
-        rows_per_token=1,
-        mean=nopes.new_zeros(heads, tokens, key_value_up.shape[1] - nope),
-    )
+    blocks = _key_blocks(latents, part, tokens * heads)
+    mean = _softmax_over_blocks(blocks, attend, first_position=part.seen, rows_per_token=1)
     return mean.transpose(0, 1)
 
 
-def _key_blocks(latents: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
-    size = min(max(SCORES // rows, SMALLEST_KEY_BLOCK), LARGEST_KEY_BLOCK)
-    for start in range(0, latents.shape[0], size):
-        yield start, latents[start : start + size]
+def _key_blocks(latents: Tensor, part: Part, score_rows: int) -> list[KeyBlock]:
+    """The latents that a part sees, in the order of its tokens."""
+    size = min(max(SCORES // score_rows, SMALLEST_KEY_BLOCK), LARGEST_KEY_BLOCK)
+    return [
+        (tokens.start + size * n, block)
+        for rows, tokens in part.placement.split(0, part.length)
+        for n, block in enumerate(torch.split(latents[rows], size))
+    ]
 
 
 def _softmax_over_blocks(
-    blocks: Iterator[ScoreBlock], *, first_position: int, rows_per_token: int, mean: Tensor
+    blocks: Sequence[KeyBlock], attend: Attend, *, first_position: int, rows_per_token: int
 ) -> Tensor:
     """Causal softmax-weighted mean of values, with a running maximum and sum (arXiv 1805.02867).
 
     Every query sees key 0, which is in the first block: the running maximum is finite after it.
 
     Args:
-        blocks: scores and values of successive keys.
+        blocks: successive keys, from the request's first token on.
+        attend: gives a block's scores and values.
         first_position: of the first query's token; a query sees keys up to its own position.
         rows_per_token: successive rows that are queries of the same token.
-        mean: `[G, R, V]` zeros, fp32, in which the result is accumulated.
 
     Returns:
-        The mean `[G, R, V]`.
+        The mean `[G, rows, V]`, fp32.
     """
-    maximum = mean.new_full((*mean.shape[:2], 1), float("-inf"))
-    total = torch.zeros_like(maximum)
-    for start, scores, values in blocks:
+    mean = maximum = total = torch.empty(0)
+    for start, block in blocks:
+        scores, values = attend(block)
         if start + scores.shape[-1] > first_position + 1:
             _mask_later_keys(scores, start - first_position, rows_per_token)
-        raised = torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))
+        if len(blocks) == 1:
+            return torch.bmm(scores.softmax(dim=-1), values)
+        highest = scores.amax(dim=-1, keepdim=True)
+        raised = torch.maximum(maximum, highest) if start else highest
         weights = scores.sub_(raised).exp_()
-        kept = maximum.sub_(raised).exp_()
-        total = total.mul_(kept).add_(weights.sum(dim=-1, keepdim=True))
-        mean = mean.mul_(kept).baddbmm_(weights, values)
+        if start:
+            kept = maximum.sub_(raised).exp_()
+            total = total.mul_(kept).add_(weights.sum(dim=-1, keepdim=True))
+            mean = mean.mul_(kept).baddbmm_(weights, values)
+        else:
+            total = weights.sum(dim=-1, keepdim=True)
+            mean = torch.bmm(weights, values)
         maximum = raised
     return mean.div_(total)
 
@@ -183,6 +183,7 @@ def _softmax_over_blocks(
 def _mask_later_keys(scores: Tensor, offset: int, rows_per_token: int) -> None:
     """Hide from each row the keys after its token; key 0 is `offset` after the first token."""
     _, rows, keys = scores.shape
-    row_tokens = torch.arange(rows).div(rows_per_token, rounding_mode="floor")
-    later = torch.arange(offset, offset + keys) > row_tokens.unsqueeze(-1)
+    device = scores.device
+    row_tokens = torch.arange(rows, device=device).div(rows_per_token, rounding_mode="floor")
+    later = torch.arange(offset, offset + keys, device=device) > row_tokens.unsqueeze(-1)
     scores.masked_fill_(later, float("-inf"))

@@ -1,0 +1,30 @@
+"""The model's matrices as its layers see them: something that multiplies, in whatever form."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Linear(Protocol):
+    """A product with one matrix."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply, `[T, inputs]` to `[T, outputs]`."""
+        ...
+
+
+class Experts(Protocol):
+    """E gated feed-forward parts of the same shape: down(silu(gate x) * up x)."""
+
+    def __call__(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
+        """Sum what each token's experts make of it.
+
+        Args:
+            x: `[T, hidden]`.
+            experts: `[T, k]`, int64, the different experts of each token.
+            shares: `[T, k]`, fp32, the weight of each in the sum.
+
+        Returns:
+            `[T, hidden]` in the dtype of `x`.
+        """
+        ...

@@ -1,0 +1,38 @@
+"""Normalisations are their formulas, whatever the size of the numbers."""
+
+import pytest
+import torch
+
+from shared.kernels.cpu.normalization import gated_rms_norm, l2_normalize, rms_norm
+
+EPSILON = 1e-5
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 1e6])
+def test_rms_norm(size: float) -> None:
+    x, weight = size * torch.randn(5, 3, 24), torch.randn(24)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + EPSILON).sqrt() * weight
+    torch.testing.assert_close(
+        rms_norm(x, weight, EPSILON).double(), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e6])
+def test_gated_rms_norm_leaves_its_operands_alone(size: float) -> None:
+    x, gate, weight = size * torch.randn(5, 24), torch.randn(5, 24), torch.randn(24)
+    before = gate.clone()
+    wide = x.double()
+    normalised = wide / (wide.square().mean(-1, keepdim=True) + EPSILON).sqrt() * weight
+    found = gated_rms_norm(x, gate, weight, EPSILON)
+    expected = normalised * gate.double().sigmoid()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(gate, before)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 1e6])
+def test_l2_normalize(size: float) -> None:
+    x = size * torch.randn(5, 3, 24)
+    wide = x.double()
+    expected = wide / (wide.square().sum(-1, keepdim=True) + EPSILON).sqrt()
+    torch.testing.assert_close(l2_normalize(x, EPSILON).double(), expected, rtol=1e-5, atol=1e-6)
