@@ -1,0 +1,1 @@
+"""Measurements of the system, beside those of others where there are any."""

@@ -1,0 +1,90 @@
+"""The Triton kernels in the form in which the model calls kernels."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shared.kernels.batch import Batch
+from shared.kernels.cpu import mla
+from shared.kernels.dispatch import Kernels
+from shared.kernels.dtypes import WeightDType
+from shared.kernels.triton.convolution import convolution_step, short_convolution
+from shared.kernels.triton.experts import GroupedExperts
+from shared.kernels.triton.kda_decode import kda_decode
+from shared.kernels.triton.kda_prefill import kda_prefill
+from shared.kernels.triton.mla_decode import mean_latents
+from shared.kernels.triton.normalization import gated_rms_norm, l2_normalize, rms_norm
+
+
+def triton_kernels(dtype: WeightDType) -> Kernels:
+    """Kernels with weights, activations, latents and convolution states of one dtype.
+
+    Raises:
+        ValueError: int8 weights, which are for processors.
+    """
+    if dtype == "int8":
+        raise ValueError("int8 weights are for CPUs; a CUDA device takes bfloat16 or float32")
+    torch_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+    return Kernels(
+        loaded_dtype=torch_dtype,
+        activation_dtype=torch_dtype,
+        state_dtype=dtype,
+        linear=_Linear,
+        experts=GroupedExperts,
+        convolution=_convolution,
+        kda=_kda,
+        latent_attention=_latent_attention,
+        rms_norm=rms_norm,
+        gated_rms_norm=_gated_rms_norm,
+        l2_normalize=l2_normalize,
+    )
+
+
+class _Linear:
+    """A product with one matrix, by cuBLAS."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self._weight)
+
+
+def _convolution(x: Tensor, weight: Tensor, states: Tensor, batch: Batch) -> Tensor:
+    slots = batch.slots.int()
+    if batch.is_decode:
+        return convolution_step(x, weight, states, slots)
+    longest = max(part.tokens for part in batch.parts)
+    return short_convolution(x, weight, states, batch.bounds, slots, longest)
+
+
+def _kda(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, batch: Batch
+) -> Tensor:
+    g, beta, slots = g.contiguous(), beta.contiguous(), batch.slots.int()
+    if batch.is_decode:
+        return kda_decode(q, k, v, g, beta, states, slots)
+    return kda_prefill(q, k, v, g, beta, states, batch.bounds, slots)
+
+
+def _latent_attention(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latents: Tensor,
+    key_value_up: Tensor,
+    scale: float,
+    batch: Batch,
+) -> Tensor:
+    """Prefill multiplies in blocks of keys, which is work for cuBLAS; decode has a kernel."""
+    if not batch.is_decode:
+        return mla.latent_attention(q_nope, q_rope, latents, key_value_up, scale, batch)
+    nope, rank = q_nope.shape[-1], key_value_up.shape[-1]
+    absorbed = torch.bmm(q_nope.transpose(0, 1), key_value_up[:, :nope]).transpose(0, 1)
+    queries = scale * torch.cat((absorbed, q_rope), dim=-1)
+    means = mean_latents(queries, latents, batch.page_table, batch.lengths, rank, batch.longest)
+    values = torch.bmm(means.to(q_nope.dtype).transpose(0, 1), key_value_up[:, nope:].mT)
+    return values.transpose(0, 1)
+
+
+def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return gated_rms_norm(x, gate, weight, epsilon).to(gate.dtype)
