@@ -1,0 +1,54 @@
+"""A run of our engine measures every point that was asked for, in the dtype it computes in."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.checkpoint import random_checkpoint
+from benchmarks.engine_process import measure
+from benchmarks.engine_profile import tables
+from benchmarks.measured_engine import MeasuredEngine
+from benchmarks.measurement import Workload
+
+WORKLOAD = Workload(prefill=(32, 8), decode=(1, 3), context=8, steps=2)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("benchmarks")
+
+
+@pytest.fixture(scope="module")
+def engine(workdir: Path) -> MeasuredEngine:
+    return MeasuredEngine(random_checkpoint(workdir, "tiny"), "float32", threads=1)
+
+
+def test_every_point_is_measured(engine: MeasuredEngine) -> None:
+    run = measure(engine, WORKLOAD)
+    assert run.dtype == "float32"
+    assert {speed.point for speed in run.speeds} == set(WORKLOAD.points)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its memory")
+def test_memory_is_told_for_the_loaded_model_and_each_prompt_in_order(
+    engine: MeasuredEngine,
+) -> None:
+    memory = measure(engine, WORKLOAD).memory
+    assert [use.prompt_tokens for use in memory] == [0, 8, 32]
+    assert all(use.anonymous_bytes <= use.peak_bytes for use in memory)
+
+
+def test_a_profile_has_a_table_for_every_point_with_the_products_in_it(
+    engine: MeasuredEngine,
+) -> None:
+    text = "\n".join(tables(engine, WORKLOAD))
+    assert text.count("by the clock") == len(WORKLOAD.points)
+    assert "aten::mm" in text
+
+
+def test_the_checkpoint_is_written_once(workdir: Path, engine: MeasuredEngine) -> None:
+    written = random_checkpoint(workdir, "tiny") / "model.safetensors"
+    before = written.stat().st_mtime_ns
+    assert random_checkpoint(workdir, "tiny") / "model.safetensors" == written
+    assert written.stat().st_mtime_ns == before
