@@ -7,6 +7,7 @@ Long requests are split, so that few of them fill a GPU, and the parts put toget
 result does not depend on what else is in the batch.
 """
 
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -19,14 +20,30 @@ from shared.kernels.triton.published_shape import PublishedShape
 
 SPLIT_TOKENS: Final = 1024
 """Latents of a program: its own result is the size of 64 to 128 of them, written and read once."""
-KEYS: Final = 32
-"""Latents at a time, all in one page: 36 KiB at 576 bf16 numbers each."""
 SMALLEST_BLOCK: Final = 16
 """Rows and columns that a matrix unit takes at least."""
 WARPS: Final = 8
-STAGES: Final = 3
-"""Two blocks of latents are on their way while one is multiplied: 110 KiB with the queries."""
 COMBINE_WARPS: Final = 4
+COMBINE_STAGES: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a split is gone through.
+
+    Attributes:
+        keys: latents at a time, all in one page.
+        stages: blocks of them on their way, and one that is multiplied.
+    """
+
+    keys: int
+    stages: int
+
+
+HALF_PRECISION: Final = Tiling(keys=32, stages=3)
+"""Two blocks of latents are on their way while one is multiplied: 110 KiB with the queries."""
+FULL_PRECISION: Final = Tiling(keys=16, stages=1)
+"""108 KiB: fp32 is multiplied from shared memory, where an sm_80 has no room for blocks to come."""
 
 
 def mean_latents(
@@ -53,6 +70,7 @@ def mean_latents(
     """
     requests, heads, width = queries.shape
     splits = triton.cdiv(longest, SPLIT_TOKENS)
+    tiling = FULL_PRECISION if latents.dtype == torch.float32 else HALF_PRECISION
     means = torch.empty(requests, splits, heads, rank, dtype=torch.float32, device=queries.device)
     logsums = torch.empty(requests, splits, heads, dtype=torch.float32, device=queries.device)
     head_block = max(SMALLEST_BLOCK, triton.next_power_of_2(heads))
@@ -74,9 +92,9 @@ def mean_latents(
         BLOCK_H=head_block,
         BLOCK_R=rank_block,
         BLOCK_P=rope_block,
-        BLOCK_N=KEYS,
+        BLOCK_N=tiling.keys,
         num_warps=WARPS,
-        num_stages=STAGES,
+        num_stages=tiling.stages,
     )
     if splits == 1:
         return means.squeeze(1)
@@ -92,7 +110,7 @@ def mean_latents(
         SPLIT=SPLIT_TOKENS,
         BLOCK_R=rank_block,
         num_warps=COMBINE_WARPS,
-        num_stages=STAGES,
+        num_stages=COMBINE_STAGES,
     )
     return output
 
@@ -207,13 +225,13 @@ def combine_splits(
     )
 
 
-PUBLISHED_SHAPES: Final = (
-    PublishedShape(
-        "latent attention decode",
+def _published_shape(name: str, dtype: str, tiling: Tiling) -> PublishedShape:
+    return PublishedShape(
+        name,
         attend_to_split,
         {
-            "queries": "*bf16:16",
-            "latents": "*bf16:16",
+            "queries": f"*{dtype}:16",
+            "latents": f"*{dtype}:16",
             "page_table": "*i32:16",
             "lengths": "*i32:16",
             "means": "*fp32:16",
@@ -229,11 +247,16 @@ PUBLISHED_SHAPES: Final = (
             "BLOCK_H": 32,
             "BLOCK_R": 512,
             "BLOCK_P": 64,
-            "BLOCK_N": KEYS,
+            "BLOCK_N": tiling.keys,
         },
         WARPS,
-        STAGES,
-    ),
+        tiling.stages,
+    )
+
+
+PUBLISHED_SHAPES: Final = (
+    _published_shape("latent attention decode", "bf16", HALF_PRECISION),
+    _published_shape("latent attention decode, fp32", "fp32", FULL_PRECISION),
     PublishedShape(
         "latent attention splits",
         combine_splits,
@@ -246,6 +269,6 @@ PUBLISHED_SHAPES: Final = (
         },
         {"HEADS": 32, "RANK": 512, "SPLIT": SPLIT_TOKENS, "BLOCK_R": 512},
         COMBINE_WARPS,
-        STAGES,
+        COMBINE_STAGES,
     ),
 )
