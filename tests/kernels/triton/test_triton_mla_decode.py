@@ -85,10 +85,7 @@ def test_scores_of_any_size_do_not_overflow(length: int, device: str) -> None:
     torch.testing.assert_close(paged.mean(queries, RANK)[0], expected, rtol=1e-3, atol=1e-3)
 
 
-# Triton's interpreter multiplies the bits of bf16 as integers, so fp16 stands in for it there.
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_narrow_latents_cost_no_more_than_rounded_weights(dtype: torch.dtype, device: str) -> None:
     paged = PagedLatents([130, 3], RANK + ROPE, dtype, device)
     queries = torch.randn(2, HEADS, RANK + ROPE, device=device).to(dtype)
