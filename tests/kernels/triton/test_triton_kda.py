@@ -53,6 +53,10 @@ class Packed:
         q, k, v, g, beta = (x[start:stop] for x in self.operands)
         return replace(self, q=q, k=k, v=v, g=g, beta=beta, counts=(stop - start,))
 
+    def rounded(self) -> Self:
+        """With activations in bf16."""
+        return replace(self, q=self.q.bfloat16(), k=self.k.bfloat16(), v=self.v.bfloat16())
+
     def prefill(self, device: str) -> tuple[Tensor, Tensor]:
         """Outputs of the kernel, and the states of all slots after it."""
         states = self.states.to(device, copy=True)
@@ -177,13 +181,23 @@ def test_rows_may_be_cut_out_of_wider_ones(device: str) -> None:
     assert_computes_the_recurrence(requests, cut.prefill(device))
 
 
-def test_half_precision_operands_are_computed_in_fp32(device: str) -> None:
-    requests = packed([20], decay=1.0)
-    half = replace(
-        requests, q=requests.q.bfloat16(), k=requests.k.bfloat16(), v=requests.v.bfloat16()
-    )
-    assert_computes_the_recurrence(half, half.prefill(device))
+def test_decode_computes_half_precision_operands_in_fp32(device: str) -> None:
+    half = packed([20], decay=1.0).rounded()
     assert_computes_the_recurrence(half, half.decode(device))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1, 5.0, 500.0])
+def test_prefill_of_half_precision_operands_errs_less_than_their_rounding(
+    decay: float, device: str
+) -> None:
+    requests = packed([130], decay=decay, key=64)
+    half = requests.rounded()
+    expected = half.recurrence()
+    for found, exact, unrounded in zip(
+        half.prefill(device), expected, requests.recurrence(), strict=True
+    ):
+        assert found.dtype == torch.float32
+        assert relative_error(found, exact) < relative_error(exact, unrounded)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1, 5.0, 500.0])
