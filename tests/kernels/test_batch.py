@@ -41,7 +41,8 @@ def test_any_tokens_are_found_in_their_order(pages: tuple[int, ...], data: st.Da
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 70), st.integers(0, 200)), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(1, 70), st.integers(0, 200)), min_size=1, max_size=4)
+    | st.lists(st.tuples(st.just(1), st.integers(0, 200)), min_size=1, max_size=4),
     st.integers(0, 99),
 )
 def test_rows_are_the_tokens_of_one_request_after_another(
@@ -52,10 +53,18 @@ def test_rows_are_the_tokens_of_one_request_after_another(
     assert batch.rows == sum(counts)
     assert batch.is_decode == (set(counts) == {1})
     assert [part.tokens for part in batch.parts] == list(counts)
+    assert batch.bounds.tolist() == [part.start for part in batch.parts] + [batch.rows]
+    assert batch.lengths.tolist() == [sum(request) for request in requests]
+    assert batch.longest == max(map(sum, requests))
     assert batch.slots.tolist() == [part.placement.slot for part in batch.parts]
     assert batch.latent_rows.tolist() == [
         row_of(part.placement, part.seen + n) for part in batch.parts for n in range(part.tokens)
     ]
+
+
+def test_the_page_table_has_a_row_a_request_as_long_as_the_longest() -> None:
+    where = [Placement(0, (7, 3, 4)), Placement(1, (2,))]
+    assert Batch.pack([1, 5], [128, 0], where).page_table.tolist() == [[7, 3, 4], [2, 0, 0]]
 
 
 def test_a_decode_batch_is_one_token_of_each() -> None:
@@ -63,3 +72,4 @@ def test_a_decode_batch_is_one_token_of_each() -> None:
     assert Batch.pack([1, 1], [64, 5], where).is_decode
     assert not Batch.pack([1, 2], [64, 5], where).is_decode
     assert Batch.pack([1, 1], [64, 5], where).latent_rows.tolist() == [64, 133]
+    assert Batch.pack([1, 1], [63, 63], where).latent_rows.tolist() == [63, 191]

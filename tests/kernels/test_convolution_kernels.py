@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
@@ -49,6 +51,36 @@ def test_without_earlier_inputs_it_is_a_causal_depthwise_convolution() -> None:
     expected = functional.conv1d(padded, weight.T.unsqueeze(1), groups=CHANNELS).T
     output = short_convolution(x, weight, torch.zeros(SLOTS, TAPS, CHANNELS), scattered([20]))
     torch.testing.assert_close(output, expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    cuts=st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=3), min_size=1, max_size=5),
+    seed=st.integers(0, 2**16),
+)
+def test_sequences_may_be_cut_anywhere_each_in_its_own_way(
+    cuts: list[list[int]], seed: int
+) -> None:
+    """`cuts[n]` are the tokens that three requests get in the n-th batch."""
+    totals = [sum(counts) for counts in zip(*cuts, strict=True)]
+    sequences = [torch.randn(total, CHANNELS) for total in totals]
+    weight, states = torch.randn(TAPS + 1, CHANNELS), random_states()
+    whole = scattered(totals, seed=seed)
+    expected, expected_states = expected_of(torch.cat(sequences), weight, states, whole)
+    pieces: list[list[Tensor]] = [[], [], []]
+    done = [0, 0, 0]
+    for counts in cuts:
+        batch = scattered(counts, seed=seed)
+        x = [
+            sequence[start : start + count]
+            for sequence, start, count in zip(sequences, done, counts, strict=True)
+        ]
+        output = short_convolution(torch.cat(x), weight, states, batch)
+        for request, piece in enumerate(torch.split(output, counts)):
+            pieces[request].append(piece)
+        done = [start + count for start, count in zip(done, counts, strict=True)]
+    torch.testing.assert_close(torch.cat([torch.cat(one) for one in pieces]), expected)
+    assert torch.equal(states, expected_states)
 
 
 def test_decode_steps_continue_a_prefill() -> None:

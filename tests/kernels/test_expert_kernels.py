@@ -7,14 +7,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from shared.kernels.cpu import experts as expert_kernels
 from shared.kernels.cpu.experts import MOST_TOGETHER, FloatExperts, Grouping
 from shared.kernels.cpu.int8 import Int8Experts
 
 EXPERTS, HIDDEN, WIDTH, CHOICES = 8, 24, 16, 3
 
 
+BF16_ERROR = 0.01
+"""Relative; a bf16 number has 8 significant bits."""
+
+
 @pytest.fixture
 def weights() -> tuple[Tensor, Tensor]:
+    return random_weights()
+
+
+def random_weights() -> tuple[Tensor, Tensor]:
+    """Gate above up, and down."""
     return (
         torch.randn(EXPERTS, 2 * WIDTH, HIDDEN) / HIDDEN**0.5,
         torch.randn(EXPERTS, HIDDEN, WIDTH) / WIDTH**0.5,
@@ -57,13 +67,60 @@ def test_every_way_of_grouping_is_the_plain_sum(weights: tuple[Tensor, Tensor], 
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_cases_take_all_three_ways() -> None:
-    def way(tokens: int, among: list[int]) -> str:
-        grouping = Grouping.of(choices(tokens, among), EXPERTS)
-        few = grouping.largest <= MOST_TOGETHER and 2 * len(grouping.groups) >= EXPERTS
-        return "one" if tokens == 1 else "together" if few else "each"
+@pytest.mark.parametrize(
+    ("case", "way"),
+    list(zip(CHOSEN, ["_answers_to_one", "_together", *3 * ["_each"]], strict=True)),
+)
+def test_the_cases_take_all_three_ways(
+    weights: tuple[Tensor, Tensor], case: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class TakenError(Exception):
+        pass
 
-    assert [way(*case) for case in CHOSEN.values()] == ["one", "together", "each", "each", "each"]
+    def taken(*_: object) -> Tensor:
+        raise TakenError
+
+    monkeypatch.setattr(FloatExperts, way, taken)
+    tokens, among = CHOSEN[case]
+    with pytest.raises(TakenError):
+        FloatExperts(*weights)(
+            torch.randn(tokens, HIDDEN), choices(tokens, among), torch.rand(tokens, CHOICES)
+        )
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    tokens=st.integers(1, 60),
+    among=st.sets(st.integers(0, EXPERTS - 1), min_size=CHOICES),
+    most_together=st.sampled_from([0, MOST_TOGETHER, 1000]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_choice_is_the_plain_sum_whichever_way_it_is_grouped(
+    tokens: int, among: set[int], most_together: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    gate_and_up, down = random_weights()
+    x, experts = torch.randn(tokens, HIDDEN), choices(tokens, sorted(among))
+    shares = torch.rand(tokens, CHOICES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_kernels, "MOST_TOGETHER", most_together)
+        output = FloatExperts(gate_and_up, down)(x, experts, shares)
+    expected = plain_sum(x, experts, shares, gate_and_up, down)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_bf16_experts_cost_their_rounding_and_give_fp32(
+    weights: tuple[Tensor, Tensor], case: str
+) -> None:
+    tokens, among = CHOSEN[case]
+    x, experts = torch.randn(tokens, HIDDEN), choices(tokens, among)
+    shares = torch.rand(tokens, CHOICES)
+    narrow = [weight.bfloat16() for weight in weights]
+    output = FloatExperts(*narrow)(x, experts, shares)
+    expected = plain_sum(x, experts, shares, *(weight.float() for weight in narrow))
+    assert output.dtype == torch.float32
+    assert float((output - expected).norm() / expected.norm()) < BF16_ERROR
 
 
 @settings(max_examples=50)

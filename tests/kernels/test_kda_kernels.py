@@ -124,7 +124,8 @@ def test_the_chunked_form_is_the_recurrence_at_any_length_and_decay(
 
 @settings(max_examples=25, deadline=None)
 @given(
-    counts=st.lists(st.integers(1, 140), min_size=1, max_size=4),
+    counts=st.lists(st.integers(1, 140), min_size=1, max_size=4)
+    | st.lists(st.just(1), min_size=1, max_size=4),
     decay=st.sampled_from([0.01, 1.0, 500.0]),
     seed=st.integers(0, 2**16),
 )
@@ -172,9 +173,23 @@ def test_a_request_in_a_decode_step_is_bit_for_bit_what_it_is_alone() -> None:
         assert torch.equal(states[row], state)
 
 
-def test_half_precision_operands_are_computed_in_fp32() -> None:
+@pytest.mark.parametrize("form", [chunked, step_by_step])
+def test_a_key_that_keeps_coming_back_overwrites_its_value(form: KdaForm) -> None:
+    """Without decay and with steps of one: the system that a chunk solves is at its worst."""
+    _, k, v, g, beta, initial = random_operands(tokens=150, decay=0.0)
+    repeated = (k, k[:, :1].expand_as(k), v, g, torch.ones_like(beta), initial)
+    o, state = form(*repeated)
+    expected_o, expected_state = kda_recurrence(*(x.double() for x in repeated))
+    assert relative_error(o, expected_o) < TOLERANCE
+    assert relative_error(state, expected_state) < TOLERANCE
+    read_back = torch.einsum("bhk,bhkv->bhv", k[:, 0], state)
+    torch.testing.assert_close(read_back, v[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [chunked, step_by_step])
+def test_half_precision_operands_are_computed_in_fp32(form: KdaForm) -> None:
     operands = tuple(x.bfloat16() for x in random_operands(tokens=70, decay=1.0))
-    o, state = chunked(*operands)
+    o, state = form(*operands)
     expected_o, expected_state = kda_recurrence(*(x.double() for x in operands))
     assert o.dtype == state.dtype == torch.float32
     assert relative_error(o, expected_o) < TOLERANCE

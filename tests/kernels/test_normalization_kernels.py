@@ -30,6 +30,16 @@ def test_gated_rms_norm_leaves_its_operands_alone(size: float) -> None:
     assert torch.equal(gate, before)
 
 
+def test_parts_of_a_wider_projection_are_normalised_by_themselves() -> None:
+    wide, weight = torch.randn(5, 60), torch.randn(24)
+    part, copy = wide[:, 10:34], wide[:, 10:34].clone()
+    assert torch.equal(rms_norm(part, weight, EPSILON), rms_norm(copy, weight, EPSILON))
+    assert torch.equal(l2_normalize(part, EPSILON), l2_normalize(copy, EPSILON))
+    gated = gated_rms_norm(part, wide[:, 36:], weight, EPSILON)
+    assert torch.equal(gated, gated_rms_norm(copy, wide[:, 36:].clone(), weight, EPSILON))
+    assert torch.equal(wide[:, 10:34], copy)
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 1e6])
 def test_l2_normalize(size: float) -> None:
     x = size * torch.randn(5, 3, 24)

@@ -34,6 +34,12 @@ def prompts_of(reference: Arrays, lengths: Sequence[int]) -> list[list[int]]:
     return [reference[f"tokens_{length}"].tolist() for length in lengths]
 
 
+def take_over(source: RequestState, target: RequestState) -> None:
+    """Import all that another state exports."""
+    target.import_latents(source.export_latents(0, source.length))
+    target.import_snapshot(source.snapshot())
+
+
 def greedy_together(
     engine: Engine, logits: Tensor, states: Sequence[RequestState], steps: int
 ) -> list[list[int]]:
@@ -68,13 +74,16 @@ def test_prompts_that_are_prefilled_and_decoded_together_say_what_each_says_alon
 
 
 @settings(
-    max_examples=15,
+    max_examples=10,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(st.lists(st.tuples(st.integers(0, 90), st.integers(1, 140)), min_size=1, max_size=4))
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(1, 140)), min_size=1, max_size=4),
+    st.sampled_from([7, 64, 100, 512]),
+)
 def test_packed_prompts_continue_states_of_any_lengths(
-    engine: Engine, requests: list[tuple[int, int]]
+    engine: Engine, requests: list[tuple[int, int]], slice_tokens: int
 ) -> None:
     """Requests that have seen some tokens, and now get some more."""
 
@@ -90,7 +99,9 @@ def test_packed_prompts_continue_states_of_any_lengths(
     ]
     with ExitStack() as states:
         together = [begun(states, number, seen) for number, (seen, _) in enumerate(requests)]
-        logits = engine.prefill(more, together)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_module, "SLICE_TOKENS", slice_tokens)
+            logits = engine.prefill(more, together)
         for number, (seen, _) in enumerate(requests):
             alone = begun(states, number, seen)
             expected = engine.prefill([more[number]], [alone])[0]
@@ -119,20 +130,57 @@ def test_requests_join_and_leave_between_steps(
     assert text == reference["greedy_200"].tolist()
 
 
-def test_a_request_that_moves_between_steps_of_a_batch_goes_on_with_its_text(
-    engine: Engine, reference: Arrays, new_state: NewState
+@pytest.fixture(scope="module")
+def prefilled(engine: Engine, reference: Arrays) -> Iterator[list[RequestState]]:
+    """States of the prompts of all lengths, to be copied."""
+    with ExitStack() as held:
+        states = [held.enter_context(engine.new_state(length)) for length in LENGTHS]
+        engine.prefill(prompts_of(reference, LENGTHS), states)
+        yield states
+
+
+@pytest.fixture(scope="module")
+def alone(
+    engine: Engine, reference: Arrays, prefilled: list[RequestState]
+) -> dict[tuple[int, int], Tensor]:
+    """Logits after each token of each text, `[vocabulary]`, decoded one request at a time."""
+    logits: dict[tuple[int, int], Tensor] = {}
+    for request, length in enumerate(LENGTHS):
+        with ExitStack() as held:
+            state = held.enter_context(engine.new_state(300))
+            take_over(prefilled[request], state)
+            for step, token in enumerate(reference[f"greedy_{length}"].tolist()):
+                logits[request, step] = engine.decode([token], [state])[0]
+    return logits
+
+
+batch_of_a_step = st.permutations(range(len(LENGTHS))).flatmap(
+    lambda order: st.integers(1, len(order)).map(lambda size: tuple(order[:size]))
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(batch_of_a_step, min_size=1, max_size=12))
+def test_any_requests_may_be_decoded_together_in_any_order_and_others_at_the_next_step(
+    engine: Engine,
+    reference: Arrays,
+    prefilled: list[RequestState],
+    alone: dict[tuple[int, int], Tensor],
+    batches: list[tuple[int, ...]],
 ) -> None:
-    lengths = [65, 200, 2]
-    states = [new_state() for _ in lengths]
-    logits = engine.prefill(prompts_of(reference, lengths), states)
-    first_half = greedy_together(engine, logits, states, STEPS // 2)
-    moved = new_state()
-    moved.import_latents(states[1].export_latents(0, states[1].length))
-    moved.import_snapshot(states[1].snapshot())
-    logits = engine.decode([first_half[1][-1], first_half[0][-1]], [moved, states[0]])
-    second_half = greedy_together(engine, logits, [moved, states[0]], STEPS // 2)
-    assert first_half[1] + second_half[0] == reference["greedy_200"].tolist()
-    assert first_half[0] + second_half[1] == reference["greedy_65"].tolist()
+    texts = [reference[f"greedy_{length}"].tolist() for length in LENGTHS]
+    steps = [0] * len(LENGTHS)
+    with ExitStack() as held:
+        states = [held.enter_context(engine.new_state(300)) for _ in LENGTHS]
+        for source, state in zip(prefilled, states, strict=True):
+            take_over(source, state)
+        for batch in batches:
+            tokens = [texts[request][steps[request]] for request in batch]
+            logits = engine.decode(tokens, [states[request] for request in batch])
+            expected = torch.stack([alone[request, steps[request]] for request in batch])
+            torch.testing.assert_close(logits, expected, rtol=0, atol=SAME_MODEL_LOGITS)
+            for request in batch:
+                steps[request] += 1
 
 
 def test_a_state_may_occur_once_in_a_batch(engine: Engine, new_state: NewState) -> None:

@@ -1,10 +1,13 @@
-"""A prompt may be cut anywhere, and its state may move in between: the text stays the same."""
+"""A prompt may be cut anywhere: logits, state and text stay the same."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -62,17 +65,26 @@ def test_chunks_of_any_size_give_the_same_text(
     assert_same_end(logits, state)
 
 
-@pytest.mark.parametrize("cut", [1, 2, 3, *CUTS, 199])
-def test_a_state_that_moves_at_any_cut_continues_the_same_text(
-    engine: Engine, state: RequestState, assert_same_end: Check, prompt: list[int], cut: int
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(cuts=st.sets(st.integers(1, 199), max_size=8))
+def test_any_cuts_leave_the_same_logits_and_state(
+    engine: Engine, at_once: Tensor, prompt: list[int], cuts: set[int]
 ) -> None:
-    with engine.new_state(200) as exported:
-        engine.prefill([prompt[:cut]], [exported])
-        state.import_latents(exported.export_latents(0, cut // 2))
-        state.import_latents(exported.export_latents(cut // 2, cut))
-        state.import_snapshot(exported.snapshot())
-    logits = engine.prefill([prompt[cut:]], [state])[0]
-    assert_same_end(logits, state)
+    with engine.new_state(200) as whole, engine.new_state(200) as state:
+        engine.prefill([prompt], [whole])
+        for start, stop in pairwise([0, *sorted(cuts), 200]):
+            logits = engine.prefill([prompt[start:stop]], [state])[0]
+        torch.testing.assert_close(logits, at_once, rtol=0, atol=SAME_MODEL_LOGITS)
+        for found, expected in (
+            (state.snapshot().recurrent, whole.snapshot().recurrent),
+            (state.snapshot().convolution, whole.snapshot().convolution),
+            (state.export_latents(0, 200), whole.export_latents(0, 200)),
+        ):
+            torch.testing.assert_close(found, expected, rtol=0, atol=SAME_MODEL_LOGITS)
 
 
 def test_tokens_decoded_one_by_one_leave_the_state_that_prefill_leaves(

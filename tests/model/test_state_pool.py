@@ -10,7 +10,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from shared.errors import NoRoomError
 from shared.kernels.batch import PAGE_TOKENS, Placement
-from shared.kimi_linear.page_allocator import PageAllocator
 from shared.kimi_linear.state_layout import StateLayout
 from shared.kimi_linear.state_pool import StatePool
 
@@ -72,35 +71,17 @@ class PoolOfRequests(RuleBasedStateMachine):
     def taken_pages(self) -> int:
         return sum(len(placement.pages) for placement in self.placed)
 
+    def teardown(self) -> None:
+        for placement in self.placed:
+            self.pool.free(placement)
+        everything = self.pool.place(PAGES * PAGE_TOKENS)
+        assert not self.pool.has_room(1)
+        self.pool.free(everything)
+        assert {self.pool.place(1).slot for _ in range(SLOTS)} == set(range(SLOTS))
+
 
 PoolOfRequests.TestCase.settings = settings(max_examples=60, deadline=None)
 TestPoolOfRequests = PoolOfRequests.TestCase
-
-
-def test_the_first_range_that_is_long_enough_is_taken() -> None:
-    allocator = PageAllocator(10)
-    taken = [allocator.take(2) for _ in range(5)]
-    allocator.give_back(taken[0])
-    allocator.give_back((*taken[2], *taken[3]))
-    assert allocator.take(3) == (4, 5, 6)
-    assert allocator.take(2) == (0, 1)
-
-
-def test_scattered_pages_serve_when_no_range_is_long_enough() -> None:
-    allocator = PageAllocator(6)
-    taken = [allocator.take(1) for _ in range(6)]
-    for (page,) in (taken[0], taken[2], taken[3]):
-        allocator.give_back([page])
-    assert allocator.take(3) == (2, 3, 0)
-    assert allocator.free_count == 0
-
-
-@pytest.mark.parametrize("pages", [(3,), (1, 1), (-1,), (10,)])
-def test_pages_that_were_not_taken_cannot_be_given_back(pages: tuple[int, ...]) -> None:
-    allocator = PageAllocator(10)
-    allocator.take(2)
-    with pytest.raises(ValueError, match=r"not taken|pages 0 to 9"):
-        allocator.give_back(pages)
 
 
 def test_a_cleared_slot_is_zero() -> None:

@@ -1,0 +1,59 @@
+"""Which experts a model chose, so that another width of the weights can be held to the same ones.
+
+Rounding does two things to a mixture of experts: it changes what each expert answers a little, and
+where two experts are about as good it changes which of them answers. Held to the same experts, two
+runs differ by the first alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from shared.kimi_linear import feed_forward
+from shared.kimi_linear.config import KimiLinearConfig
+from shared.kimi_linear.feed_forward import choose_experts
+
+PASSED_OVER: Final = -10.0
+"""Added to the scores, which are in (0, 1), of all experts but those to be chosen again."""
+
+
+class ExpertChoices:
+    """The experts of every token in every layer of one run, in the order of the computation.
+
+    A run that repeats them has to be of the same tokens, or the first of them, in the same slices.
+    """
+
+    def __init__(self) -> None:
+        self._experts: list[Tensor] = []
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Keep what is chosen meanwhile."""
+
+        def choose(
+            x: Tensor, router: Tensor, choice_bias: Tensor, config: KimiLinearConfig
+        ) -> tuple[Tensor, Tensor]:
+            experts, shares = choose_experts(x, router, choice_bias, config)
+            self._experts.append(experts)
+            return experts, shares
+
+        with patch.object(feed_forward, "choose_experts", choose):
+            yield
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Have the same experts chosen again; their shares follow from the scores of this run."""
+        recorded = iter(self._experts)
+
+        def choose(
+            x: Tensor, router: Tensor, choice_bias: Tensor, config: KimiLinearConfig
+        ) -> tuple[Tensor, Tensor]:
+            passed_over = torch.full((x.shape[0], router.shape[0]), PASSED_OVER)
+            return choose_experts(x, router, passed_over.scatter_(-1, next(recorded), 0.0), config)
+
+        with patch.object(feed_forward, "choose_experts", choose):
+            yield
