@@ -131,7 +131,10 @@ class RequestState:
 
         Raises:
             SegmentShapeError: a shape or dtype is not what the layout says, or there is no room.
+            ValueError: the state has tokens of its own, which these would replace.
         """
+        if self.length:
+            raise ValueError(f"latents for a state that has seen {self.length} tokens, not cleared")
         tokens = latents.shape[1] if latents.ndim == 3 else 0
         expected = self.layout.latents_shape(tokens)
         _check("latents", latents, expected, self.layout.latent_dtype)

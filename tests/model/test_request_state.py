@@ -152,6 +152,20 @@ def test_latents_without_dimensions_are_refused(other: RequestState) -> None:
         other.import_latents(torch.zeros(3))
 
 
+def test_a_state_with_tokens_takes_in_latents_only_after_it_was_cleared(
+    engine: Engine, state: RequestState, other: RequestState
+) -> None:
+    engine.prefill([[1, 2, 3]], [other])
+    before, latents = other.export_latents(0, 3), state.export_latents(0, 70)
+    with pytest.raises(ValueError, match="seen 3 tokens, not cleared"):
+        other.import_latents(latents)
+    assert torch.equal(other.export_latents(0, 3), before)
+    other.clear()
+    take_in(other, state.snapshot(), latents)
+    with pytest.raises(ValueError, match="seen 70 tokens, not cleared"):
+        other.import_latents(latents)
+
+
 def test_a_snapshot_of_another_length_than_the_latents_is_refused(
     state: RequestState, other: RequestState
 ) -> None:
