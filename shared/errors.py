@@ -114,6 +114,10 @@ class CheckpointError(PrfaasError):
     """A model directory is incomplete, damaged or of another architecture."""
 
 
+class UnsupportedDeviceError(PrfaasError):
+    """The engine cannot compute as it was told to on this machine."""
+
+
 class StateLostError(PrfaasError):
     """A published state cannot be had (any more) and has to be computed again."""
 

@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn
 
 import uvloop
 
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, UnsupportedDeviceError
 from shared.settings import SettingsT, load_settings
 
 _ADDRESS_ERRORS: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
@@ -38,7 +38,7 @@ def run_service(
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_until_signal(settings, serve))
-    except (CheckpointError, socket.gaierror) as error:
+    except (CheckpointError, UnsupportedDeviceError, socket.gaierror) as error:
         _refuse_to_start(program, error)
     except OSError as error:
         if error.errno not in _ADDRESS_ERRORS:

@@ -94,17 +94,16 @@ class GatewaySettings(ServiceSettings):
     drain_timeout: Seconds = Field(30, description="seconds that requests may go on at shutdown")
 
 
-class WorkerSettings(ServiceSettings):
-    """What prefill and decode workers have in common."""
+class EngineSettings(Settings):
+    """How a model is computed."""
 
-    model: Path = Field(description="checkpoint directory")
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="what computes; the kernels for cuda have not run on a GPU yet"
     )
     dtype: WeightDTypeChoice = Field(
-        "auto",
-        description="dtype of the weights; auto takes bfloat16 where the processor has matrix "
-        "units for it and float32 elsewhere",
+        "float32",
+        description="dtype of the weights; auto takes bfloat16 on a GPU and where the processor "
+        "has matrix units for it, float32 elsewhere",
     )
     state_tokens: int = Field(
         0,
@@ -112,6 +111,12 @@ class WorkerSettings(ServiceSettings):
         description="tokens that the states of all requests have room for; 0 takes the model's "
         "context, or 8192 a request if that is more",
     )
+
+
+class WorkerSettings(ServiceSettings, EngineSettings):
+    """What prefill and decode workers have in common."""
+
+    model: Path = Field(description="checkpoint directory")
     threads: int = Field(
         0, ge=0, description="threads of one computation; 0 takes one for each processor"
     )
@@ -170,7 +175,7 @@ class KvStoreSettings(ServiceSettings):
     sweep_interval: Seconds = Field(1, description="seconds between sweeps for expired leases")
 
 
-class UpSettings(Settings):
+class UpSettings(EngineSettings):
     """A whole system on one machine: both regions share one Redis."""
 
     redis_url: RedisUrl | None = Field(
@@ -183,20 +188,6 @@ class UpSettings(Settings):
     port: Port = Field(8000, description="port the gateway listens on; 0 takes a free one")
     prefill_workers: int = Field(1, ge=1, le=64, description="prefill workers to run")
     decode_workers: int = Field(1, ge=1, le=64, description="decode workers to run")
-    device: Literal["cpu", "cuda"] = Field(
-        "cpu", description="what computes; the kernels for cuda have not run on a GPU yet"
-    )
-    dtype: WeightDTypeChoice = Field(
-        "auto",
-        description="dtype of the weights; auto takes bfloat16 where the processor has matrix "
-        "units for it and float32 elsewhere",
-    )
-    state_tokens: int = Field(
-        0,
-        ge=0,
-        description="tokens that the states of all requests have room for; 0 takes the model's "
-        "context, or 8192 a request if that is more",
-    )
     threads: int = Field(
         0, ge=0, description="threads of each worker; 0 shares the processors among the workers"
     )

@@ -88,7 +88,9 @@ class SystemPlanner:
     def _worker(self, module: str, name: str, port: int) -> Program:
         flags = {
             "model": self._model,
+            "device": self._settings.device,
             "dtype": self._settings.dtype,
+            "state-tokens": self._settings.state_tokens,
             "threads": self._settings.threads or self._fair_threads(),
             "drain-timeout": self._settings.drain_timeout,
             "health-host": LOOPBACK,

@@ -7,10 +7,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from shared.errors import UnsupportedDeviceError
 from shared.kernels.batch import Batch
 from shared.kernels.cpu.convolution import short_convolution
-from shared.kernels.cpu.experts import FloatExperts
-from shared.kernels.cpu.int8 import Int8Experts, Int8Linear
+from shared.kernels.cpu.experts import float_experts
+from shared.kernels.cpu.int8 import Int8Linear, int8_experts
 from shared.kernels.cpu.kda import kda
 from shared.kernels.cpu.linear import float_linear
 from shared.kernels.cpu.mla import latent_attention
@@ -53,16 +54,19 @@ def kernels_for(device_type: str, dtype: WeightDType) -> Kernels:
     """Choose the kernels for a device and a width of the weights.
 
     Raises:
-        ValueError: there are none for this device, or not for this width on it.
+        UnsupportedDeviceError: there are none for this device, or not for this width on it, or the
+            machine has no such device.
     """
     if device_type == "cpu":
         return _CPU[dtype]
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedDeviceError("device: torch finds no CUDA device on this machine")
     if device_type == "cuda":
         # Imported here: Triton is needed, and to be had, with a GPU only.
         from shared.kernels.triton.kernels import triton_kernels  # noqa: PLC0415
 
         return triton_kernels(dtype)
-    raise ValueError(f"there are no kernels for a {device_type!r} device")
+    raise UnsupportedDeviceError(f"device: there are no kernels for a {device_type!r} device")
 
 
 _CPU_FLOAT32: Final = Kernels(
@@ -70,7 +74,7 @@ _CPU_FLOAT32: Final = Kernels(
     activation_dtype=torch.float32,
     state_dtype="float32",
     linear=float_linear,
-    experts=FloatExperts,
+    experts=float_experts,
     convolution=short_convolution,
     kda=kda,
     latent_attention=latent_attention,
@@ -80,7 +84,7 @@ _CPU_FLOAT32: Final = Kernels(
 )
 _CPU: Final[dict[WeightDType, Kernels]] = {
     "float32": _CPU_FLOAT32,
-    "int8": replace(_CPU_FLOAT32, linear=Int8Linear, experts=Int8Experts),
+    "int8": replace(_CPU_FLOAT32, linear=Int8Linear, experts=int8_experts),
     "bfloat16": replace(_CPU_FLOAT32, loaded_dtype=torch.bfloat16),
 }
 

@@ -92,6 +92,8 @@ class Engine:
     ) -> Self:
         """Load a model directory.
 
+        Sets the process's number of threads and how it treats freed memory (`keep_freed_memory`).
+
         Args:
             directory: `config.json` and safetensors files in the published layout.
             dtype: of the weights; `auto` takes what the processor multiplies fastest without
@@ -106,6 +108,7 @@ class Engine:
 
         Raises:
             CheckpointError: the directory is incomplete, damaged or of another architecture.
+            UnsupportedDeviceError: there is no such device, or no such weights on it.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -168,7 +171,9 @@ class Engine:
         """
         self._check(prompts, states)
         ends: list[Tensor] = []
-        with torch.inference_mode():
+        with torch.inference_mode(), ExitStack() as uses:
+            for state in states:  # to the end: what is released between two slices stays till then
+                uses.enter_context(state.in_use())
             for part in _slices([len(prompt) for prompt in prompts], SLICE_TOKENS):
                 hidden = self._forward(
                     [prompts[request][start:stop] for request, start, stop in part],

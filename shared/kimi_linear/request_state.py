@@ -11,8 +11,9 @@ from torch import Tensor
 from shared.errors import SegmentShapeError
 from shared.kernels.batch import Placement
 from shared.kernels.dtypes import StateDType
+from shared.kernels.torch_dtypes import TORCH_DTYPES
 from shared.kimi_linear.snapshot import KdaSnapshot
-from shared.kimi_linear.state_pool import TORCH_DTYPES, StatePool
+from shared.kimi_linear.state_pool import StatePool
 
 
 class RequestState:

@@ -4,20 +4,14 @@ import heapq
 from collections.abc import Callable
 from math import ceil
 from threading import RLock
-from typing import Final
 
 import torch
 
 from shared.errors import NoRoomError
 from shared.kernels.batch import PAGE_TOKENS, Placement
-from shared.kernels.dtypes import StateDType
+from shared.kernels.torch_dtypes import TORCH_DTYPES
 from shared.kimi_linear.page_allocator import PageAllocator
 from shared.kimi_linear.state_layout import StateLayout
-
-TORCH_DTYPES: Final[dict[StateDType, torch.dtype]] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-}
 
 
 class StatePool:

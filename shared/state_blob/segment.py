@@ -28,6 +28,7 @@ from shared.errors import (
     SegmentVersionError,
 )
 from shared.kernels.dtypes import StateDType
+from shared.kernels.torch_dtypes import TORCH_DTYPES
 from shared.kimi_linear.snapshot import KdaSnapshot
 from shared.kimi_linear.state_layout import DTYPE_BYTES, StateLayout
 from shared.messages import Epoch, Identifier
@@ -43,10 +44,6 @@ MAX_METADATA_BYTES: Final = 64 * 2**10
 
 SegmentKind: TypeAlias = Literal["mla", "kda"]
 _KIND_IDS: Final[dict[SegmentKind, int]] = {"mla": 1, "kda": 2}
-_DTYPES: Final[dict[StateDType, torch.dtype]] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-}
 
 _PREAMBLE: Final = struct.Struct("<4sHBBIQ")
 """Magic, format version, kind, codec, metadata length, payload length."""
@@ -271,7 +268,7 @@ def _elements(tensor: Tensor) -> memoryview:
 
 
 def _dtype_name(tensor: Tensor) -> StateDType:
-    for name, dtype in _DTYPES.items():
+    for name, dtype in TORCH_DTYPES.items():
         if tensor.dtype == dtype:
             return name
     raise ValueError(f"a state has no tensors of {tensor.dtype}")
@@ -401,5 +398,5 @@ def _decode_tensors(
         encoded = payload[offset : offset + entry.wire_bytes]
         element_bytes = DTYPE_BYTES[spec.dtype]
         elements = codec.decode(encoded, spec.raw_bytes, element_bytes).view(f"i{element_bytes}")
-        yield torch.from_numpy(elements).view(_DTYPES[spec.dtype]).view(spec.shape)
+        yield torch.from_numpy(elements).view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
         offset += entry.wire_bytes

@@ -42,7 +42,13 @@ def settings_of(
 
 def test_services_understand_their_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     system = plan(
-        "--dtype=bfloat16", "--threads=2", "--log-format=json", "--host=::", "--drain-timeout=5"
+        "--device=cuda",
+        "--dtype=bfloat16",
+        "--state-tokens=4096",
+        "--threads=2",
+        "--log-format=json",
+        "--host=::",
+        "--drain-timeout=5",
     )
     prefill, decode = system.workers
     gateway_settings = settings_of(system.gateway, GatewaySettings, monkeypatch)
@@ -52,7 +58,9 @@ def test_services_understand_their_command_lines(monkeypatch: pytest.MonkeyPatch
 
     assert (gateway_settings.host, gateway_settings.port) == ("::", 8000)
     assert gateway_settings.model == prefill_settings.model == decode_settings.model == MODEL
+    assert prefill_settings.device == decode_settings.device == "cuda"
     assert prefill_settings.dtype == decode_settings.dtype == "bfloat16"
+    assert prefill_settings.state_tokens == decode_settings.state_tokens == 4096
     assert prefill_settings.threads == decode_settings.threads == 2
     assert gateway_settings.drain_timeout == prefill_settings.drain_timeout == 5
     ports = {prefill_settings.health_port, decode_settings.health_port, kv_store_settings.port}

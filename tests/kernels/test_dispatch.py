@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shared.errors import UnsupportedDeviceError
 from shared.kernels.cpu.kda import kda
 from shared.kernels.dispatch import fastest_dtype, kernels_for
 
@@ -18,8 +19,14 @@ def test_activations_on_a_cpu_are_fp32_whatever_the_weights() -> None:
 
 
 def test_a_device_without_kernels_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'abacus'"):
+    with pytest.raises(UnsupportedDeviceError, match="'abacus'"):
         kernels_for("abacus", "float32")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedDeviceError, match="no CUDA device"):
+        kernels_for("cuda", "float32")
 
 
 @pytest.mark.parametrize(("has_tiles", "expected"), [(True, "bfloat16"), (False, "float32")])

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from shared.kernels.cpu import experts as expert_kernels
-from shared.kernels.cpu.experts import MOST_TOGETHER, FloatExperts, Grouping
-from shared.kernels.cpu.int8 import Int8Experts
+from shared.kernels.cpu.experts import Grouping, float_experts
+from shared.kernels.cpu.int8 import int8_experts
 
 EXPERTS, HIDDEN, WIDTH, CHOICES = 8, 24, 16, 3
 
@@ -58,53 +57,27 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize("case", CHOSEN)
-def test_every_way_of_grouping_is_the_plain_sum(weights: tuple[Tensor, Tensor], case: str) -> None:
+def test_experts_are_the_plain_sum(weights: tuple[Tensor, Tensor], case: str) -> None:
     tokens, among = CHOSEN[case]
     x, experts = torch.randn(tokens, HIDDEN), choices(tokens, among)
     shares = torch.rand(tokens, CHOICES)
-    output = FloatExperts(*weights)(x, experts, shares)
+    output = float_experts(*weights)(x, experts, shares)
     expected = plain_sum(x, experts, shares, *weights)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("case", "way"),
-    list(zip(CHOSEN, ["_answers_to_one", "_together", *3 * ["_each"]], strict=True)),
-)
-def test_the_cases_take_all_three_ways(
-    weights: tuple[Tensor, Tensor], case: str, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class TakenError(Exception):
-        pass
-
-    def taken(*_: object) -> Tensor:
-        raise TakenError
-
-    monkeypatch.setattr(FloatExperts, way, taken)
-    tokens, among = CHOSEN[case]
-    with pytest.raises(TakenError):
-        FloatExperts(*weights)(
-            torch.randn(tokens, HIDDEN), choices(tokens, among), torch.rand(tokens, CHOICES)
-        )
 
 
 @settings(max_examples=50, deadline=None)
 @given(
     tokens=st.integers(1, 60),
     among=st.sets(st.integers(0, EXPERTS - 1), min_size=CHOICES),
-    most_together=st.sampled_from([0, MOST_TOGETHER, 1000]),
     seed=st.integers(0, 2**16),
 )
-def test_any_choice_is_the_plain_sum_whichever_way_it_is_grouped(
-    tokens: int, among: set[int], most_together: int, seed: int
-) -> None:
+def test_any_choice_is_the_plain_sum(tokens: int, among: set[int], seed: int) -> None:
     torch.manual_seed(seed)
     gate_and_up, down = random_weights()
     x, experts = torch.randn(tokens, HIDDEN), choices(tokens, sorted(among))
     shares = torch.rand(tokens, CHOICES)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expert_kernels, "MOST_TOGETHER", most_together)
-        output = FloatExperts(gate_and_up, down)(x, experts, shares)
+    output = float_experts(gate_and_up, down)(x, experts, shares)
     expected = plain_sum(x, experts, shares, gate_and_up, down)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -117,7 +90,7 @@ def test_bf16_experts_cost_their_rounding_and_give_fp32(
     x, experts = torch.randn(tokens, HIDDEN), choices(tokens, among)
     shares = torch.rand(tokens, CHOICES)
     narrow = [weight.bfloat16() for weight in weights]
-    output = FloatExperts(*narrow)(x, experts, shares)
+    output = float_experts(*narrow)(x, experts, shares)
     expected = plain_sum(x, experts, shares, *(weight.float() for weight in narrow))
     assert output.dtype == torch.float32
     assert float((output - expected).norm() / expected.norm()) < BF16_ERROR
@@ -129,18 +102,19 @@ def test_grouping_sorts_by_expert_and_back(tokens: int, distinct: int, seed: int
     torch.manual_seed(seed)
     experts = torch.rand(tokens, distinct).argsort(dim=-1)[:, :CHOICES]
     grouping = Grouping.of(experts, EXPERTS)
-    by_expert = torch.cat([torch.full((group.size,), group.expert) for group in grouping.groups])
+    by_expert = torch.cat(
+        [torch.full((group.stop - group.start,), group.expert) for group in grouping.groups]
+    )
     assert torch.equal(by_expert[grouping.place], experts.flatten())
     token_of_choice = torch.arange(tokens).repeat_interleave(experts.shape[1])
     assert torch.equal(grouping.tokens[grouping.place], token_of_choice)
-    assert grouping.largest == int(experts.flatten().bincount().max())
 
 
 def test_int8_experts_are_the_plain_sum_of_rounded_weights(weights: tuple[Tensor, Tensor]) -> None:
     x, experts = torch.randn(20, HIDDEN), choices(20, list(range(EXPERTS)))
     shares = torch.rand(20, CHOICES)
     rounded = [round_to_int8(weight) for weight in weights]
-    output = Int8Experts(*weights)(x, experts, shares)
+    output = int8_experts(*weights)(x, experts, shares)
     expected = plain_sum(x, experts, shares, *rounded)
     torch.testing.assert_close(output.double(), expected, rtol=2e-3, atol=2e-3)
 

@@ -69,6 +69,17 @@ def test_a_row_of_an_int8_product_is_bit_for_bit_the_same_in_any_batch(weight: T
         assert torch.equal(linear(x[row : row + 1])[0], together[row])
 
 
+@pytest.mark.parametrize("engine", ["onednn", "fbgemm"])
+def test_int8_does_not_depend_on_the_engine_that_torch_prefers(
+    weight: Tensor, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.quantized, "engine", engine)
+    x = torch.randn(2, INPUTS)
+    expected = x.double() @ weight.double().T
+    assert relative_error(Int8Linear(weight)(x), expected) < INT8_ERROR
+    assert torch.backends.quantized.engine == engine, "it was left as it was"
+
+
 def test_rows_of_very_different_sizes_do_not_disturb_each_other(weight: Tensor) -> None:
     x = torch.randn(3, INPUTS) * torch.tensor([[1e-6], [1.0], [1e6]])
     product = Int8Linear(weight)(x)

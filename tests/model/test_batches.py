@@ -183,6 +183,27 @@ def test_any_requests_may_be_decoded_together_in_any_order_and_others_at_the_nex
                 steps[request] += 1
 
 
+def test_a_request_that_is_released_between_two_slices_disturbs_no_other(
+    engine: Engine, new_state: NewState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [list(range(120)), list(range(7, 90))]
+    (expected,) = engine.prefill(prompts[1:], [new_state()])
+    leaving, staying = new_state(), new_state()
+    forward = engine._forward
+
+    def compute_and_leave(parts: Sequence[Sequence[int]], states: Sequence[RequestState]) -> Tensor:
+        hidden = forward(parts, states)
+        leaving.release()
+        return hidden
+
+    monkeypatch.setattr(engine_module, "SLICE_TOKENS", 50)
+    monkeypatch.setattr(engine, "_forward", compute_and_leave)
+    logits = engine.prefill(prompts, [leaving, staying])
+    torch.testing.assert_close(logits[1], expected, rtol=0, atol=SAME_MODEL_LOGITS)
+    with pytest.raises(ValueError, match="released"):
+        engine.prefill([[1]], [leaving])
+
+
 def test_a_state_may_occur_once_in_a_batch(engine: Engine, new_state: NewState) -> None:
     state = new_state()
     with pytest.raises(ValueError, match="each to occur once"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shared.kernels.cpu.experts import FloatExperts
+from shared.kernels.cpu.experts import float_experts
 from shared.kernels.cpu.linear import PlainLinear
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.feed_forward import MixtureOfExperts, choose_experts
@@ -75,7 +75,7 @@ def test_the_mixture_is_the_weighted_sum_of_the_chosen_experts(
     weights = MixtureWeights(
         router=torch.randn(EXPERTS, HIDDEN),
         choice_bias=torch.randn(EXPERTS),
-        experts=FloatExperts(gate_and_up, down),
+        experts=float_experts(gate_and_up, down),
         shared=DenseWeights(PlainLinear(shared_up), PlainLinear(shared_down)) if shared else None,
     )
 

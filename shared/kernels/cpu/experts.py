@@ -1,15 +1,15 @@
 """The experts of a mixture, each once over all the tokens that chose it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Final, Self
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-MOST_TOGETHER: Final = 16
-"""Tokens of one expert up to which padding all of them to as many costs less than it saves."""
+from shared.kernels.cpu.linear import float_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,6 @@ class Group:
     def rows(self) -> slice:
         """Of the sorted choices."""
         return slice(self.start, self.stop)
-
-    @property
-    def size(self) -> int:
-        """Number of choices, at least 1."""
-        return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,74 +55,54 @@ class Grouping:
         )
         return cls(order.div(experts.shape[1], rounding_mode="floor"), place, groups)
 
-    @property
-    def largest(self) -> int:
-        """Choices of the expert that was chosen most often."""
-        return max(group.size for group in self.groups)
+
+class Rows(Protocol):
+    """Activations of some tokens, in the form that an expert's matrices multiply."""
+
+    def __getitem__(self, rows: slice, /) -> Self:
+        """Those of some of the tokens."""
+        ...
 
 
-class FloatExperts:
-    """Experts in fp32 or bf16.
+OperandT = TypeVar("OperandT", bound=Rows)
 
-    Time goes into reading weights when an expert has a few tokens, as in decode, and into products
-    when it has many. So there are three ways: one token reads its own experts only; when most
-    experts have a few tokens each, one batched product over all of them reads with all threads at
-    once; otherwise, the experts that were chosen multiply one after the other.
-    """
 
-    def __init__(self, gate_and_up: Tensor, down: Tensor) -> None:
-        self._all_gate_and_up = gate_and_up
-        self._all_down = down
-        self._gate_and_up = gate_and_up.unbind()
-        self._down = down.unbind()
+class GroupedExperts(Generic[OperandT]):
+    """Each chosen expert once, over all the tokens that chose it."""
+
+    def __init__(
+        self,
+        gate_and_up: Sequence[Callable[[OperandT], Tensor]],
+        down: Sequence[Callable[[OperandT], Tensor]],
+        prepare: Callable[[Tensor], OperandT],
+    ) -> None:
+        """Keep E matrices of each kind; `prepare` makes of activations what they multiply."""
+        self._gate_and_up = gate_and_up
+        self._down = down
+        self._prepare = prepare
 
     def __call__(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """See `Experts`."""
-        narrow = x.to(self._all_down.dtype)
-        answers = self._answers_to_one if x.shape[0] == 1 else self._answers
-        return torch.bmm(shares.unsqueeze(1), answers(narrow, experts).float()).squeeze(1)
-
-    def _answers_to_one(self, x: Tensor, experts: Tensor) -> Tensor:
-        """What its k experts make of one token: `[1, k, hidden]`."""
-        chosen = experts[0].tolist()
-        raised = torch.stack([self._gate_and_up[expert] @ x[0] for expert in chosen])
-        hidden = _activate(raised.T).T
-        answers = [self._down[expert] @ row for expert, row in zip(chosen, hidden, strict=True)]
-        return torch.stack(answers).unsqueeze(0)
-
-    def _answers(self, x: Tensor, experts: Tensor) -> Tensor:
-        """What their k experts make of T tokens: `[T, k, hidden]`."""
-        count = len(self._down)
-        grouping = Grouping.of(experts, count)
-        together = grouping.largest <= MOST_TOGETHER and 2 * len(grouping.groups) >= count
-        multiply = self._together if together else self._each
-        return multiply(x, grouping)[grouping.place].view(*experts.shape, -1)
-
-    def _each(self, x: Tensor, grouping: Grouping) -> Tensor:
-        chosen = x[grouping.tokens]
-        answers = torch.empty_like(chosen)
-        for group in grouping.groups:
-            # The matrix on the left is the order that MKL multiplies fastest.
-            hidden = _activate(self._gate_and_up[group.expert] @ chosen[group.rows].T)
-            torch.mm(hidden.T, self._down[group.expert].T, out=answers[group.rows])
-        return answers
-
-    def _together(self, x: Tensor, grouping: Grouping) -> Tensor:
-        count, most = len(self._down), grouping.largest
-        rows = torch.cat(
-            [
-                torch.arange(group.expert * most, group.expert * most + group.size)
-                for group in grouping.groups
-            ]
-        )
-        padded = x.new_zeros(count * most, x.shape[1])
-        padded.index_copy_(0, rows, x[grouping.tokens])
-        by_expert = padded.view(count, most, -1)
-        hidden = _activate(torch.bmm(self._all_gate_and_up, by_expert.mT))
-        return torch.bmm(self._all_down, hidden).mT.reshape(count * most, -1)[rows]
+        grouping = Grouping.of(experts, len(self._down))
+        raised = _multiply(self._gate_and_up, self._prepare(x[grouping.tokens]), grouping)
+        gate, up = raised.chunk(2, dim=-1)
+        hidden = self._prepare(functional.silu(gate).mul_(up))
+        answers = _multiply(self._down, hidden, grouping)
+        by_choice = answers[grouping.place].view(*experts.shape, -1)
+        return torch.bmm(shares.unsqueeze(1), by_choice).squeeze(1)
 
 
-def _activate(hidden: Tensor) -> Tensor:
-    """silu(gate) * up, gate above up in the rows `[..., 2 * I, m]`."""
-    gate, up = hidden.chunk(2, dim=-2)
-    return functional.silu(gate).mul_(up)
+def _multiply(
+    matrices: Sequence[Callable[[OperandT], Tensor]], x: OperandT, grouping: Grouping
+) -> Tensor:
+    """Sorted choices `[T * k, inputs]`, each with its expert's matrix: `[T * k, outputs]`."""
+    return torch.cat([matrices[group.expert](x[group.rows]) for group in grouping.groups])
+
+
+def float_experts(gate_and_up: Tensor, down: Tensor) -> GroupedExperts[Tensor]:
+    """Experts `[E, 2 * I, hidden]` and `[E, hidden, I]` in fp32 or bf16."""
+    return GroupedExperts(
+        [float_linear(weight) for weight in gate_and_up],
+        [float_linear(weight) for weight in down],
+        prepare=lambda x: x,
+    )

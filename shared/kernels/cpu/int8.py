@@ -11,14 +11,16 @@ any batch.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from shared.kernels.cpu.experts import Grouping
+from shared.errors import UnsupportedDeviceError
+from shared.kernels.cpu.experts import GroupedExperts
 
 LARGEST_WEIGHT: Final = 127
 LARGEST_DIGIT: Final = 63
@@ -62,11 +64,11 @@ class Int8Matrix:
         largest = weight.abs().amax(dim=1).double()
         scales = largest.clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_WEIGHT
         zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _fbgemm():
             # Deprecated, with nothing in its place: oneDNN's int8 takes twice as long for few rows.
             warnings.simplefilter("ignore", UserWarning)
             quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        self._packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
+            self._packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
 
     def __call__(self, x: Digits) -> Tensor:
         """`[T, inputs]` to `[T, outputs]`, fp32."""
@@ -76,6 +78,25 @@ class Int8Matrix:
         first, second = product.chunk(2)
         result: Tensor = second.add_(first, alpha=BASE).mul_(x.scale)
         return result
+
+
+@contextmanager
+def _fbgemm() -> Iterator[None]:
+    """Pack for FBGEMM.
+
+    Where there is VNNI torch itself would take oneDNN, which does not have this product.
+
+    Raises:
+        UnsupportedDeviceError: this build of torch has no FBGEMM.
+    """
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise UnsupportedDeviceError("int8 weights need an x86-64 processor with AVX2 (FBGEMM)")
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
 
 
 class Int8Linear:
@@ -89,20 +110,10 @@ class Int8Linear:
         return self._matrix(Digits.of(x))
 
 
-class Int8Experts:
-    """Experts with int8 matrices; a token's activations are rounded once for all its experts."""
-
-    def __init__(self, gate_and_up: Tensor, down: Tensor) -> None:
-        self._gate_and_up = [Int8Matrix(weight) for weight in gate_and_up]
-        self._down = [Int8Matrix(weight) for weight in down]
-
-    def __call__(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
-        """See `Experts`."""
-        grouping = Grouping.of(experts, len(self._down))
-        chosen = Digits.of(x[grouping.tokens])
-        raised = [self._gate_and_up[group.expert](chosen[group.rows]) for group in grouping.groups]
-        gate, up = torch.cat(raised).chunk(2, dim=-1)
-        hidden = Digits.of(functional.silu(gate).mul_(up))
-        answers = [self._down[group.expert](hidden[group.rows]) for group in grouping.groups]
-        by_choice = torch.cat(answers)[grouping.place].view(*experts.shape, -1)
-        return torch.bmm(shares.unsqueeze(1), by_choice).squeeze(1)
+def int8_experts(gate_and_up: Tensor, down: Tensor) -> GroupedExperts[Digits]:
+    """Experts `[E, 2 * I, hidden]` and `[E, hidden, I]`; activations are rounded once for all."""
+    return GroupedExperts(
+        [Int8Matrix(weight) for weight in gate_and_up],
+        [Int8Matrix(weight) for weight in down],
+        prepare=Digits.of,
+    )

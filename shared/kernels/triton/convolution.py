@@ -29,8 +29,6 @@ def short_convolution(
     bounds: Tensor,
     slots: Tensor,
     longest: int,
-    *,
-    silu: bool = False,
 ) -> Tensor:
     """Causal depthwise convolution of each request's tokens, continued from its last inputs.
 
@@ -42,7 +40,6 @@ def short_convolution(
         bounds: `[R + 1]`, int32, rows of request r are [bounds[r], bounds[r + 1]).
         slots: `[R]`, int32, all different.
         longest: tokens of the longest request, known on the host so that nothing waits for it.
-        silu: whether to activate the outputs.
 
     Returns:
         `[T, C]` in the dtype of `x`; sums are fp32.
@@ -60,7 +57,6 @@ def short_convolution(
         channels,
         x.stride(0),
         TAPS=taps,
-        SILU=silu,
         BLOCK_T=TOKENS,
         BLOCK_C=PREFILL_CHANNELS,
         num_warps=WARPS,
@@ -81,9 +77,7 @@ def short_convolution(
     return output
 
 
-def convolution_step(
-    x: Tensor, weight: Tensor, states: Tensor, slots: Tensor, *, silu: bool = False
-) -> Tensor:
+def convolution_step(x: Tensor, weight: Tensor, states: Tensor, slots: Tensor) -> Tensor:
     """Convolve the next token of each of B requests: `short_convolution` in a decode step.
 
     Args:
@@ -91,7 +85,6 @@ def convolution_step(
         weight: `[taps + 1, C]`, contiguous.
         states: `[slots, taps, C]`, contiguous; those in `slots` advance in place.
         slots: `[B]`, int32, all different.
-        silu: whether to activate the outputs.
 
     Returns:
         `[B, C]` in the dtype of `x`.
@@ -107,7 +100,6 @@ def convolution_step(
         channels,
         x.stride(0),
         TAPS=states.shape[1],
-        SILU=silu,
         BLOCK_C=STEP_CHANNELS,
         num_warps=WARPS,
         num_stages=STAGES,
@@ -126,7 +118,6 @@ def convolve_tokens(
     channels: tl.tensor,
     x_stride: tl.tensor,
     TAPS: tl.constexpr,
-    SILU: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
@@ -159,8 +150,6 @@ def convolve_tokens(
             inputs += earlier.to(tl.float32)
         factors = tl.load(weight + tap * channels + columns, mask=inside, other=0.0)
         total += inputs * factors.to(tl.float32)[None, :]
-    if SILU:
-        total *= tl.sigmoid(total)
     tl.store(
         output + rows.to(tl.int64)[:, None] * channels + columns[None, :],
         total.to(output.dtype.element_ty),
@@ -211,7 +200,6 @@ def convolve_step(
     channels: tl.tensor,
     x_stride: tl.tensor,
     TAPS: tl.constexpr,
-    SILU: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
     """Output of one request's token and its state moved on by it."""
@@ -231,8 +219,6 @@ def convolve_step(
             tl.store(state + (tap - 1) * channels, inputs.to(states.dtype.element_ty), mask=inside)
         factors = tl.load(weight + tap * channels + columns, mask=inside, other=0.0)
         total += inputs.to(tl.float32) * factors.to(tl.float32)
-    if SILU:
-        total *= tl.sigmoid(total)
     tl.store(
         output + request.to(tl.int64) * channels + columns,
         total.to(output.dtype.element_ty),
@@ -254,7 +240,7 @@ PUBLISHED_SHAPES: Final = (
             "channels": "i32:16",
             "x_stride": "i32:16",
         },
-        {"TAPS": 3, "SILU": True, "BLOCK_T": TOKENS, "BLOCK_C": PREFILL_CHANNELS},
+        {"TAPS": 3, "BLOCK_T": TOKENS, "BLOCK_C": PREFILL_CHANNELS},
         WARPS,
         STAGES,
     ),
@@ -285,7 +271,7 @@ PUBLISHED_SHAPES: Final = (
             "channels": "i32:16",
             "x_stride": "i32:16",
         },
-        {"TAPS": 3, "SILU": True, "BLOCK_C": STEP_CHANNELS},
+        {"TAPS": 3, "BLOCK_C": STEP_CHANNELS},
         WARPS,
         STAGES,
     ),

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.errors import UnsupportedDeviceError
 from shared.kernels.batch import Batch
 from shared.kernels.cpu import mla
 from shared.kernels.dispatch import Kernels
 from shared.kernels.dtypes import WeightDType
+from shared.kernels.torch_dtypes import TORCH_DTYPES
 from shared.kernels.triton.convolution import convolution_step, short_convolution
 from shared.kernels.triton.experts import GroupedExperts
 from shared.kernels.triton.kda_decode import kda_decode
@@ -20,14 +22,15 @@ def triton_kernels(dtype: WeightDType) -> Kernels:
     """Kernels with weights, activations, latents and convolution states of one dtype.
 
     Raises:
-        ValueError: int8 weights, which are for processors.
+        UnsupportedDeviceError: int8 weights, which are for processors.
     """
     if dtype == "int8":
-        raise ValueError("int8 weights are for CPUs; a CUDA device takes bfloat16 or float32")
-    torch_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+        raise UnsupportedDeviceError(
+            "dtype: int8 weights are for CPUs; a CUDA device takes bfloat16 or float32"
+        )
     return Kernels(
-        loaded_dtype=torch_dtype,
-        activation_dtype=torch_dtype,
+        loaded_dtype=TORCH_DTYPES[dtype],
+        activation_dtype=TORCH_DTYPES[dtype],
         state_dtype=dtype,
         linear=_Linear,
         experts=GroupedExperts,

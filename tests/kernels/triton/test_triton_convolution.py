@@ -36,12 +36,9 @@ def convolve(
     states: Tensor,
     lengths: tuple[int, ...],
     slots: list[int],
-    silu: bool,
 ) -> Tensor:
     bounds = int32([0, *accumulate(lengths)], str(x.device))
-    return short_convolution(
-        x, weight, states, bounds, int32(slots, str(x.device)), max(lengths), silu=silu
-    )
+    return short_convolution(x, weight, states, bounds, int32(slots, str(x.device)), max(lengths))
 
 
 def plain(
@@ -50,7 +47,6 @@ def plain(
     states: Tensor,
     lengths: tuple[int, ...],
     slots: list[int],
-    silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """The plain form for each request by itself: outputs in fp32, and all states after them."""
     outputs, after = [], states.clone()
@@ -59,7 +55,7 @@ def plain(
             rows.float(), weight.float(), states[slot].float()
         )
         after[slot] = state.to(states.dtype)
-        outputs.append(torch.nn.functional.silu(output) if silu else output)
+        outputs.append(output)
     return torch.cat(outputs), after
 
 
@@ -69,35 +65,31 @@ def test_prefill_is_the_plain_sum_for_each_request(lengths: tuple[int, ...], dev
     x = inputs_of(sum(lengths), device, torch.float32)
     weight = torch.randn(TAPS + 1, CHANNELS, device=device)
     states = torch.randn(SLOTS, TAPS, CHANNELS, device=device)
-    expected, expected_states = plain(x, weight, states, lengths, slots, silu=False)
-    torch.testing.assert_close(convolve(x, weight, states, lengths, slots, silu=False), expected)
+    expected, expected_states = plain(x, weight, states, lengths, slots)
+    torch.testing.assert_close(convolve(x, weight, states, lengths, slots), expected)
     assert torch.equal(states, expected_states)  # those of other slots are as they were
 
 
-@pytest.mark.parametrize("silu", [False, True])
-def test_prefill_in_bf16_rounds_nothing_but_the_outputs(silu: bool, device: str) -> None:
+def test_prefill_in_bf16_rounds_nothing_but_the_outputs(device: str) -> None:
     lengths, slots = (20, 2, 33), [2, 4, 1]
     x = inputs_of(sum(lengths), device, torch.bfloat16)
     weight = torch.randn(TAPS + 1, CHANNELS, device=device).bfloat16()
     states = torch.randn(SLOTS, TAPS, CHANNELS, device=device).bfloat16()
-    expected, expected_states = plain(x, weight, states, lengths, slots, silu)
-    output = convolve(x, weight, states, lengths, slots, silu)
+    expected, expected_states = plain(x, weight, states, lengths, slots)
+    output = convolve(x, weight, states, lengths, slots)
     torch.testing.assert_close(output.float(), expected, rtol=BF16_STEP, atol=1e-5)
     assert torch.equal(states, expected_states)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("silu", [False, True])
-def test_a_decode_step_is_a_prefill_of_one_token(
-    silu: bool, dtype: torch.dtype, device: str
-) -> None:
+def test_a_decode_step_is_a_prefill_of_one_token(dtype: torch.dtype, device: str) -> None:
     slots = [5, 2, 3]
     x = inputs_of(3, device, dtype)
     weight = torch.randn(TAPS + 1, CHANNELS, device=device).to(dtype)
     states = torch.randn(SLOTS, TAPS, CHANNELS, device=device).to(dtype)
     prefilled = states.clone()
-    expected = convolve(x, weight, prefilled, (1, 1, 1), slots, silu)
-    output = convolution_step(x, weight, states, int32(slots, device), silu=silu)
+    expected = convolve(x, weight, prefilled, (1, 1, 1), slots)
+    output = convolution_step(x, weight, states, int32(slots, device))
     torch.testing.assert_close(output, expected)
     assert torch.equal(states, prefilled)
 
@@ -106,9 +98,9 @@ def test_a_decode_step_is_a_prefill_of_one_token(
 def test_a_sequence_may_be_cut_anywhere(cut: int, device: str) -> None:
     x, weight = inputs_of(20, device, torch.float32), torch.randn(TAPS + 1, CHANNELS, device=device)
     whole_states, states = torch.zeros(2, SLOTS, TAPS, CHANNELS, device=device).unbind()
-    whole = convolve(x, weight, whole_states, (20,), [4], silu=False)
+    whole = convolve(x, weight, whole_states, (20,), [4])
     pieces = [
-        convolve(piece, weight, states, (piece.shape[0],), [4], silu=False)
+        convolve(piece, weight, states, (piece.shape[0],), [4])
         for piece in torch.split(x, [cut, 20 - cut])
     ]
     assert torch.equal(torch.cat(pieces), whole)
@@ -121,12 +113,12 @@ def test_it_runs_at_the_published_shape(device: str) -> None:
     x = inputs_of(sum(lengths), device, torch.bfloat16, channels)
     weight = torch.randn(TAPS + 1, channels, device=device).bfloat16()
     states = torch.randn(SLOTS, TAPS, channels, device=device).bfloat16()
-    expected, expected_states = plain(x, weight, states, lengths, slots, silu=True)
-    output = convolve(x, weight, states, lengths, slots, silu=True)
+    expected, expected_states = plain(x, weight, states, lengths, slots)
+    output = convolve(x, weight, states, lengths, slots)
     torch.testing.assert_close(output.float(), expected, rtol=BF16_STEP, atol=1e-5)
     assert torch.equal(states, expected_states)
     x = inputs_of(3, device, torch.bfloat16, channels)
-    expected, expected_states = plain(x, weight, states, (1, 1, 1), slots, silu=True)
-    output = convolution_step(x, weight, states, int32(slots, device), silu=True)
+    expected, expected_states = plain(x, weight, states, (1, 1, 1), slots)
+    output = convolution_step(x, weight, states, int32(slots, device))
     torch.testing.assert_close(output.float(), expected, rtol=BF16_STEP, atol=1e-5)
     assert torch.equal(states, expected_states)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from shared.errors import UnsupportedDeviceError
 from shared.kernels.triton.kernels import triton_kernels
 from shared.kimi_linear.checkpoint import load_weights
 from shared.kimi_linear.config import KimiLinearConfig
@@ -69,5 +70,5 @@ def test_bf16_gives_the_references_logits_up_to_its_rounding(
 
 
 def test_int8_weights_are_not_for_a_gpu() -> None:
-    with pytest.raises(ValueError, match="for CPUs"):
+    with pytest.raises(UnsupportedDeviceError, match="for CPUs"):
         triton_kernels("int8")
