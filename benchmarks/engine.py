@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from benchmarks.checkpoint import random_checkpoint
+from benchmarks.kept_files import WORKDIR
 from benchmarks.measurement import EngineRun, Speed, Workload
 from benchmarks.peer import PEER_DTYPES, LlamaCpp, PeerDType
 from benchmarks.processor import Processor
@@ -22,7 +23,6 @@ from shared.kernels.dtypes import WeightDTypeChoice
 
 MEASURED: Final = Workload(prefill=(512, 2048, 8192, 32768), decode=(1, 8, 32))
 PROFILED: Final = Workload(prefill=(2048,), decode=(1, 32), steps=8)
-WORKDIR: Final = Path.home() / ".cache" / "prfaas-benchmarks"
 
 
 @dataclass(frozen=True, slots=True)

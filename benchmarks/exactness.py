@@ -142,8 +142,9 @@ def _moved_or_not(cut: int, *, moves: bool) -> Way:
 def moved(engine: Engine, state: RequestState, held: ExitStack) -> RequestState:
     """A new state of the same engine that takes in all that another one exports."""
     new = held.enter_context(engine.new_state(state.capacity))
-    new.import_latents(state.export_latents(0, state.length))
+    new.import_latents(0, state.export_latents(0, state.length))
     new.import_snapshot(state.snapshot())
+    new.finish_import(state.length)
     return new
 
 

@@ -3,6 +3,10 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
+
+WORKDIR: Final = Path.home() / ".cache" / "prfaas-benchmarks"
+"""Where they are, unless a benchmark is told otherwise."""
 
 
 def kept(path: Path, make: Callable[[Path], None]) -> Path:

@@ -18,8 +18,9 @@ from shared.kimi_linear.checkpoint import load_weights
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.fingerprint import fingerprint
 from shared.kimi_linear.fingerprint_cache import FingerprintCache
-from shared.kimi_linear.model import KimiLinear
-from shared.kimi_linear.read_progress import ReadProgress, unobserved
+from shared.kimi_linear.model import KimiLinear, LayerPassed, unobserved
+from shared.kimi_linear.read_progress import ReadProgress
+from shared.kimi_linear.read_progress import unobserved as unobserved_reading
 from shared.kimi_linear.request_state import RequestState
 from shared.kimi_linear.state_pool import StatePool
 
@@ -87,8 +88,8 @@ class Engine:
         threads: int | None = None,
         room: Room = Room(),
         cache: FingerprintCache | None = None,
-        progress: ReadProgress = unobserved,
-        hash_progress: ReadProgress = unobserved,
+        progress: ReadProgress = unobserved_reading,
+        hash_progress: ReadProgress = unobserved_reading,
     ) -> Self:
         """Load a model directory.
 
@@ -153,7 +154,12 @@ class Engine:
         """
         return RequestState(self._pool, tokens)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], states: Sequence[RequestState]) -> Tensor:
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        states: Sequence[RequestState],
+        passed: LayerPassed = unobserved,
+    ) -> Tensor:
         """Run the next tokens of R prompts, however many each, and advance their states.
 
         Tokens of several prompts are computed together, without padding.
@@ -161,23 +167,28 @@ class Engine:
         Args:
             prompts: at least one token each.
             states: of the tokens before, which may be of different lengths.
+            passed: told of each layer when all tokens have passed it, in the thread that computes:
+                its part of the states can be exported while the layers behind it are computed.
 
         Returns:
             Logits after the last token of each, `[R, vocabulary]`, fp32.
 
         Raises:
             InvalidRequestError: a token is not in the vocabulary, or a context is full.
-            ValueError: the numbers of prompts and states differ, or a state occurs twice.
+            ValueError: the numbers of prompts and states differ, a state occurs twice, or one is
+                still being imported.
         """
         self._check(prompts, states)
         ends: list[Tensor] = []
         with torch.inference_mode(), ExitStack() as uses:
             for state in states:  # to the end: what is released between two slices stays till then
                 uses.enter_context(state.in_use())
-            for part in _slices([len(prompt) for prompt in prompts], SLICE_TOKENS):
+            parts = list(_slices([len(prompt) for prompt in prompts], SLICE_TOKENS))
+            for part in parts:
                 hidden = self._forward(
                     [prompts[request][start:stop] for request, start, stop in part],
                     [states[request] for request, _, _ in part],
+                    passed if part is parts[-1] else unobserved,
                 )
                 row = 0
                 for request, start, stop in part:
@@ -209,14 +220,20 @@ class Engine:
 
         Raises:
             InvalidRequestError: a token is not in the vocabulary, or a context is full.
-            ValueError: the numbers of tokens and states differ, or a state occurs twice.
+            ValueError: the numbers of tokens and states differ, a state occurs twice, or one is
+                still being imported.
         """
         parts = [(token,) for token in tokens]
         self._check(parts, states)
         with torch.inference_mode():
             return self._model.logits(self._forward(parts, states))
 
-    def _forward(self, parts: Sequence[Sequence[int]], states: Sequence[RequestState]) -> Tensor:
+    def _forward(
+        self,
+        parts: Sequence[Sequence[int]],
+        states: Sequence[RequestState],
+        passed: LayerPassed = unobserved,
+    ) -> Tensor:
         """Run tokens of several requests at once: hidden states `[T, hidden]`, packed."""
         tokens = torch.tensor([token for part in parts for token in part], device=self._pool.device)
         with ExitStack() as uses:
@@ -226,7 +243,7 @@ class Engine:
                 [uses.enter_context(state.in_use()) for state in states],
                 self._pool.device,
             )
-            hidden = self._model(tokens, self._pool, batch)
+            hidden = self._model(tokens, self._pool, batch, passed)
         for part, state in zip(parts, states, strict=True):
             state.advance(len(part))
         return hidden
@@ -236,6 +253,8 @@ class Engine:
             raise ValueError(
                 f"tokens of {len(parts)} requests for {len(states)} states, each to occur once"
             )
+        if any(state.importing for state in states):
+            raise ValueError("a state is still being imported: `finish_import` was not called")
         if not parts or not all(parts):
             raise InvalidRequestError("there are no tokens to process")
         lowest, highest = min(map(min, parts)), max(map(max, parts))

@@ -1,7 +1,8 @@
 """Kimi Linear: embedding, a stack of layers, head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 from torch.nn import functional
@@ -14,6 +15,14 @@ from shared.kimi_linear.kda import KdaAttention
 from shared.kimi_linear.mla import MlaAttention
 from shared.kimi_linear.state_pool import StatePool
 from shared.kimi_linear.weights import DenseWeights, KdaWeights, LayerWeights, ModelWeights
+
+LayerPassed: TypeAlias = Callable[[int], object]
+"""Is told of a layer, counted from 0, whose part of the states is final until more tokens come."""
+
+
+def unobserved(layer: int) -> None:
+    """Ask for no word of layers."""
+    del layer
 
 
 class Attention(Protocol):
@@ -60,20 +69,28 @@ class KimiLinear:
         self._epsilon = config.rms_norm_eps
         self._layers = _build_layers(weights.layers, config, kernels)
 
-    def __call__(self, tokens: Tensor, pool: StatePool, batch: Batch) -> Tensor:
+    def __call__(
+        self,
+        tokens: Tensor,
+        pool: StatePool,
+        batch: Batch,
+        passed: LayerPassed = unobserved,
+    ) -> Tensor:
         """Run the next tokens of each request through all layers; their states advance in place.
 
         Args:
             tokens: `[T]`, int64.
             pool: holds the states.
             batch: of T tokens; a request occurs in it once.
+            passed: told of each layer that the tokens have passed.
 
         Returns:
             Hidden states `[T, hidden]`, for `logits`.
         """
         x = functional.embedding(tokens, self._weights.embedding).to(self._kernels.activation_dtype)
-        for layer in self._layers:
+        for number, layer in enumerate(self._layers):
             x = layer(x, pool, batch)
+            passed(number)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

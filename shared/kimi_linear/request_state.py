@@ -20,8 +20,9 @@ class RequestState:
     """Everything the model keeps of a request: KDA states, and the latents of all its tokens.
 
     The model writes to it in place. When a prefill or decode raises midway the state is neither the
-    old nor the new one: it can be cleared or released. As a context manager it is released at the
-    end.
+    old nor the new one: it can be cleared or released. A state that was exported elsewhere is
+    imported piece by piece, and is nothing to compute on before `finish_import`. As a context
+    manager it is released at the end.
 
     Room that is released while something computes on it is given back when that ends: what is
     cancelled never takes memory away from a computation, nor lets another request have it too.
@@ -37,7 +38,8 @@ class RequestState:
         self.length = 0
         self.capacity = capacity
         self._pool = pool
-        self._imported = 0
+        self._covered = 0
+        self._imported_layers: dict[int, int] = {}
         self._uses = 0
         self._released = False
         self._placement: Placement | None = pool.place(capacity)
@@ -92,19 +94,32 @@ class RequestState:
     def clear(self) -> None:
         """Go back to before the first token."""
         with self.in_use() as placement:
-            self.length = self._imported = 0
+            self.length = 0
+            self._forget_imports()
             self._pool.clear(placement.slot)
 
     # --- export ----------------------------------------------------------------------------
 
     def snapshot(self) -> KdaSnapshot:
         """Copy the part of the state that is valid at this length only, to the CPU."""
+        return self.snapshot_of(range(self.layout.kda_layers), self.length)
+
+    def snapshot_of(self, layers: range, length: int) -> KdaSnapshot:
+        """Copy the states of some KDA layers to the CPU.
+
+        Args:
+            layers: neighbouring ones, counted among the KDA layers.
+            length: tokens that they have seen; more than the state while these tokens are on their
+                way through the layers behind (`Engine.prefill`).
+        """
+        part = slice(layers.start, layers.stop)
         with self.in_use() as placement:
-            convolution = self._pool.convolution[:, placement.slot].mT.contiguous()
+            convolution = self._pool.convolution[part, placement.slot].mT.contiguous()
             return KdaSnapshot(
-                self.length,
-                recurrent=self._pool.recurrent[:, placement.slot].to("cpu", copy=True),
+                length,
+                recurrent=self._pool.recurrent[part, placement.slot].to("cpu", copy=True),
                 convolution=convolution.to("cpu"),
+                first_layer=layers.start,
             )
 
     def export_latents(self, start: int, stop: int) -> Tensor:
@@ -124,52 +139,91 @@ class RequestState:
 
     # --- import ----------------------------------------------------------------------------
 
-    def import_latents(self, latents: Tensor) -> None:
-        """Take in the latents of the next tokens of a state that was exported elsewhere.
+    @property
+    def importing(self) -> bool:
+        """Whether it has imported parts and was not finished: there is nothing to compute on."""
+        return bool(self._covered or self._imported_layers)
+
+    def import_latents(self, start: int, latents: Tensor) -> None:
+        """Take in the latents of tokens of a state that was exported elsewhere.
 
         Args:
-            latents: `[mla_layers, n, latent_dim]`, of the tokens behind those imported so far.
+            start: the first of these tokens; at most behind the last of those imported so far.
+                Those that were imported before are replaced.
+            latents: `[mla_layers, n, latent_dim]`.
 
         Raises:
-            SegmentShapeError: a shape or dtype is not what the layout says, or there is no room.
+            SegmentShapeError: a shape or dtype is not what the layout says, tokens are left out, or
+                there is no room.
             ValueError: the state has tokens of its own, which these would replace.
         """
-        if self.length:
-            raise ValueError(f"latents for a state that has seen {self.length} tokens, not cleared")
+        self._check_empty("latents")
         tokens = latents.shape[1] if latents.ndim == 3 else 0
         expected = self.layout.latents_shape(tokens)
         _check("latents", latents, expected, self.layout.latent_dtype)
-        start, stop = self._imported, self._imported + tokens
+        stop = start + tokens
+        if not 0 <= start <= self._covered:
+            raise SegmentShapeError(f"latents from {start} on, with latents of {self._covered}")
         if stop > self.capacity:
             raise SegmentShapeError(f"latents of {stop} tokens, there is room for {self.capacity}")
         with self.in_use() as placement:
             for rows, part in placement.split(start, stop):
                 self._pool.latents[:, rows] = latents[:, part]
-        self._imported = stop
+        with self._pool.lock:
+            self._covered = max(self._covered, stop)
 
-    def import_snapshot(self, snapshot: KdaSnapshot) -> None:
-        """Take in the KDA states that belong to the imported latents; the state is whole then.
+    def import_snapshot(self, piece: KdaSnapshot) -> None:
+        """Take in the states of some or all KDA layers; those imported before are replaced.
 
         Raises:
-            SegmentShapeError: a shape or dtype is not what the layout says, or the snapshot is of
-                another length than the latents.
+            SegmentShapeError: a shape or dtype is not what the layout says, or there are no such
+                layers.
+            ValueError: the state has tokens of its own, to which these do not belong.
         """
-        layout = self.layout
-        _check("recurrent", snapshot.recurrent, layout.recurrent_shape, layout.recurrent_dtype)
-        _check(
-            "convolution",
-            snapshot.convolution,
-            layout.convolution_shape,
-            layout.convolution_dtype,
-        )
-        if snapshot.length != self._imported or snapshot.length < 1:
+        self._check_empty("KDA states")
+        layout, layers = self.layout, range(piece.first_layer, piece.first_layer + piece.layers)
+        if not 0 <= layers.start <= layers.stop <= layout.kda_layers:
             raise SegmentShapeError(
-                f"KDA states at {snapshot.length} tokens with latents of {self._imported}"
+                f"KDA states of layers {layers.start} to {layers.stop} of {layout.kda_layers}"
             )
+        recurrent_shape = (len(layers), *layout.recurrent_shape[1:])
+        convolution_shape = (len(layers), *layout.convolution_shape[1:])
+        _check("recurrent", piece.recurrent, recurrent_shape, layout.recurrent_dtype)
+        _check("convolution", piece.convolution, convolution_shape, layout.convolution_dtype)
+        rows = slice(layers.start, layers.stop)
         with self.in_use() as placement:
-            self._pool.recurrent[:, placement.slot] = snapshot.recurrent
-            self._pool.convolution[:, placement.slot] = snapshot.convolution.mT
-        self.length = snapshot.length
+            self._pool.recurrent[rows, placement.slot] = piece.recurrent
+            self._pool.convolution[rows, placement.slot] = piece.convolution.mT
+        with self._pool.lock:
+            self._imported_layers |= dict.fromkeys(layers, piece.length)
+
+    def finish_import(self, length: int) -> None:
+        """Declare the imported state whole: it has seen `length` tokens then.
+
+        Raises:
+            SegmentShapeError: latents of these tokens, or the states of KDA layers after exactly
+                these, were not imported.
+        """
+        if not 1 <= length <= self._covered:
+            raise SegmentShapeError(f"a state of {length} tokens with latents of {self._covered}")
+        for layer in range(self.layout.kda_layers):
+            found = self._imported_layers.get(layer)
+            if found != length:
+                where = "missing" if found is None else f"at {found} tokens"
+                raise SegmentShapeError(
+                    f"a state of {length} tokens with the KDA state of layer {layer} {where}"
+                )
+        self._forget_imports()
+        self.length = length
+
+    def _forget_imports(self) -> None:
+        with self._pool.lock:
+            self._covered = 0
+            self._imported_layers = {}
+
+    def _check_empty(self, what: str) -> None:
+        if self.length:
+            raise ValueError(f"{what} for a state that has seen {self.length} tokens, not cleared")
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: StateDType) -> None:

@@ -46,12 +46,22 @@ class StateLayout:
 
     @property
     def signature(self) -> str:
-        """Text that two layouts share exactly if one can read the other's states."""
+        """Text that two layouts share exactly if one can read the other's states.
+
+        It names no dtypes: a reader converts them.
+        """
         recurrent = "x".join(map(str, self.recurrent_shape))
         convolution = "x".join(map(str, self.convolution_shape))
         return (
-            f"kda {recurrent} {self.recurrent_dtype}, convolution {convolution} "
-            f"{self.convolution_dtype}, mla {self.mla_layers}x{self.latent_dim} {self.latent_dtype}"
+            f"kda {recurrent}, convolution {convolution}, mla {self.mla_layers}x{self.latent_dim}"
+        )
+
+    @property
+    def kda_layer_bytes(self) -> int:
+        """Uncompressed bytes of the state of one KDA layer."""
+        return (
+            prod(self.recurrent_shape[1:]) * DTYPE_BYTES[self.recurrent_dtype]
+            + prod(self.convolution_shape[1:]) * DTYPE_BYTES[self.convolution_dtype]
         )
 
     def latents_shape(self, tokens: int) -> tuple[int, int, int]:
@@ -61,7 +71,6 @@ class StateLayout:
     def state_bytes(self, tokens: int) -> int:
         """Uncompressed bytes of the whole state of a request of `tokens` tokens."""
         return (
-            prod(self.recurrent_shape) * DTYPE_BYTES[self.recurrent_dtype]
-            + prod(self.convolution_shape) * DTYPE_BYTES[self.convolution_dtype]
+            self.kda_layers * self.kda_layer_bytes
             + prod(self.latents_shape(tokens)) * DTYPE_BYTES[self.latent_dtype]
         )

@@ -33,56 +33,44 @@ def root(fingerprint: str, salt: bytes = b"") -> bytes:
     return digest.digest()
 
 
-def extend(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Name the prefix that one more block makes of the prefix called `parent`.
+class PrefixNames:
+    """Names of all prefixes of a sequence of tokens.
 
     Args:
-        parent: the name of a prefix of whole blocks, 16 bytes.
-        tokens: 1 to 64 token ids below 2**32; fewer than 64 only at the end of a prefix.
+        root: the name of the empty prefix.
+        tokens: ids in [0, 2**32).
 
-    Returns:
-        A digest of 16 bytes.
-
-    Raises:
-        ValueError: `parent` or `tokens` are not as described.
-    """
-    _check_name(parent)
-    if not 1 <= len(tokens) <= BLOCK_TOKENS:
-        raise ValueError(f"a block holds 1 to {BLOCK_TOKENS} tokens, not {len(tokens)}")
-    return _name_block(parent, _pack(tokens))
-
-
-class PrefixHasher:
-    """Names a prefix that grows; the name depends on its tokens, not on how they arrived.
-
-    Args:
-        root: the name to start from: that of the empty prefix, or of any prefix of whole blocks.
+    Attributes:
+        blocks: names of the prefixes of whole blocks, the shortest first.
 
     Raises:
-        ValueError: `root` is not 16 bytes long.
+        ValueError: `root` is not 16 bytes long, or a token is no such id.
     """
 
-    def __init__(self, root: bytes) -> None:
+    def __init__(self, root: bytes, tokens: Sequence[int]) -> None:
         _check_name(root)
-        self._whole_blocks = root
-        self._rest = b""
+        self._root = root
+        self._packed = _pack(tokens)
+        names: list[bytes] = []
+        name = root
+        for stop in range(_PACKED_BLOCK_BYTES, len(self._packed) + 1, _PACKED_BLOCK_BYTES):
+            name = _name_block(name, self._packed[stop - _PACKED_BLOCK_BYTES : stop])
+            names.append(name)
+        self.blocks = tuple(names)
 
-    def update(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the prefix.
+    def at(self, length: int) -> bytes:
+        """Name the first `length` tokens, 16 bytes.
 
         Raises:
-            ValueError: a token id is not in [0, 2**32); the prefix is then as it was.
+            ValueError: there are not so many.
         """
-        packed = self._rest + _pack(tokens)
-        whole = len(packed) - len(packed) % _PACKED_BLOCK_BYTES
-        for start in range(0, whole, _PACKED_BLOCK_BYTES):
-            block = packed[start : start + _PACKED_BLOCK_BYTES]
-            self._whole_blocks = _name_block(self._whole_blocks, block)
-        self._rest = packed[whole:]
-
-    def digest(self) -> bytes:
-        """Return the name of the prefix so far, 16 bytes; more tokens may follow."""
-        return _name_block(self._whole_blocks, self._rest) if self._rest else self._whole_blocks
+        if not 0 <= 4 * length <= len(self._packed):
+            raise ValueError(f"no prefix of {length} tokens in {len(self._packed) // 4}")
+        whole, rest = divmod(length, BLOCK_TOKENS)
+        name = self.blocks[whole - 1] if whole else self._root
+        if not rest:
+            return name
+        return _name_block(name, self._packed[4 * (length - rest) : 4 * length])
 
 
 def _check_name(name: bytes) -> None:

@@ -5,66 +5,61 @@ takes nothing else: it refuses with the `SegmentError` that names the first chec
 checks everything that can be checked before it allocates memory for the tensors.
 """
 
-import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from itertools import chain
 from math import prod
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Final
 
-import msgpack
 import torch
-import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from shared.errors import (
-    SegmentChecksumError,
-    SegmentForeignError,
-    SegmentMagicError,
-    SegmentMetadataError,
-    SegmentShapeError,
-    SegmentTooLargeError,
-    SegmentTruncatedError,
-    SegmentVersionError,
-)
-from shared.kernels.dtypes import StateDType
+from shared.errors import SegmentShapeError, SegmentTooLargeError
 from shared.kernels.torch_dtypes import TORCH_DTYPES
 from shared.kimi_linear.snapshot import KdaSnapshot
-from shared.kimi_linear.state_layout import DTYPE_BYTES, StateLayout
-from shared.messages import Epoch, Identifier
-from shared.state_blob.codecs import DEFAULT_CODEC, Codec, ReadableBuffer, codec_with_wire_id
+from shared.kimi_linear.state_layout import StateLayout
+from shared.state_blob.codecs import DEFAULT_CODEC, Codec
+from shared.state_blob.coding import ALIGNMENT, ByteArray, Coding, ReadableBuffer
+from shared.state_blob.header import (
+    ELEMENT_BYTES,
+    HEADER_BYTES,
+    MAX_RAW_BYTES,
+    PAYLOAD_ALIGNMENT,
+    ElementDType,
+    Header,
+    Metadata,
+    SegmentIdentity,
+    TensorEntry,
+    check_identity,
+    checksum_of,
+    encoded_tensors,
+    pack_header,
+    pack_metadata,
+    padded,
+    read_identity,
+    read_metadata,
+    read_whole_header,
+)
+from shared.state_blob.kinds import SegmentKind
+from shared.state_blob.rounding import ROUNDINGS, TensorSpec
+from shared.state_blob.seal import check_seal, seal
 
-MAGIC: Final = b"PRFS"
-FORMAT_VERSION: Final = 1
-MAX_RAW_BYTES: Final = 2**30
-"""Limit of the bytes of a segment's tensors together."""
-MAX_PAYLOAD_BYTES: Final = MAX_RAW_BYTES + MAX_RAW_BYTES // 128
-"""Limit of the encoded tensors: what does not compress may grow a little."""
-MAX_METADATA_BYTES: Final = 64 * 2**10
+__all__ = [
+    "EncodedSegment",
+    "SegmentIdentity",
+    "checksum_of",
+    "decode_latents",
+    "decode_snapshot",
+    "encode_latents",
+    "encode_snapshot",
+    "read_identity",
+]
 
-SegmentKind: TypeAlias = Literal["mla", "kda"]
-_KIND_IDS: Final[dict[SegmentKind, int]] = {"mla": 1, "kda": 2}
-
-_PREAMBLE: Final = struct.Struct("<4sHBBIQ")
-"""Magic, format version, kind, codec, metadata length, payload length."""
-_CHECKSUM_BYTES: Final = 16
-_HEADER_BYTES: Final = _PREAMBLE.size + _CHECKSUM_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentIdentity:
-    """Whose state a segment holds, and which part of it."""
-
-    fingerprint: str
-    """Of the model's configuration and weights."""
-    request_id: str
-    epoch: int
-    """The attempt that produced it, counted from 1."""
-    start: int
-    """First token covered; a KDA snapshot covers none: its start is its stop, and its length."""
-    stop: int
-    prefix_hash: bytes
-    """Name of the tokens [0, stop), 16 bytes: see `prefix_hash.py`."""
+_ELEMENT_DTYPES: Final[dict[ElementDType, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+_STATE_DTYPES: Final[tuple[ElementDType, ...]] = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +69,16 @@ class EncodedSegment:
     data: bytes
     kind: SegmentKind
     raw_bytes: int
-    """Bytes of the tensors before encoding."""
+    """Bytes of the state's tensors before encoding."""
     checksum: bytes
-    """xxh3_128 of everything in `data` but itself, 16 bytes."""
+    """xxh3_128 of everything in `data` but itself and the MAC, 16 bytes."""
 
 
 def encode_latents(
-    identity: SegmentIdentity, latents: Tensor, codec: Codec = DEFAULT_CODEC
+    identity: SegmentIdentity,
+    latents: Tensor,
+    codec: Codec = DEFAULT_CODEC,
+    key: bytes | None = None,
 ) -> EncodedSegment:
     """Encode the latents of all MLA layers for the tokens [identity.start, identity.stop).
 
@@ -89,50 +87,72 @@ def encode_latents(
         latents: `[mla_layers, stop - start, latent_dim]`, fp32 or bf16, on any device, with any
             strides.
         codec: how the payload is encoded.
+        key: signs the segment, at least 16 bytes; None leaves it unsigned.
 
     Returns:
         A segment of kind `mla`.
 
     Raises:
-        ValueError: identity or latents are not as described.
+        ValueError: identity, latents, codec or key are not as described, or the codec cannot hold
+            what the latents are.
         SegmentTooLargeError: the latents are larger than `MAX_RAW_BYTES`.
     """
     tokens = identity.stop - identity.start
     if latents.ndim != 3 or latents.shape[1] != tokens:
         raise ValueError(f"latents {list(latents.shape)} do not cover {tokens} tokens")
-    return _encode("mla", identity, {"latents": latents}, codec)
+    if len(latents) != identity.layers:
+        raise ValueError(
+            f"latents of {len(latents)} layers are not of the {identity.layers} layers"
+        )
+    return _encode("mla", identity, {"latents": latents}, codec, key)
 
 
 def encode_snapshot(
-    identity: SegmentIdentity, snapshot: KdaSnapshot, codec: Codec = DEFAULT_CODEC
+    identity: SegmentIdentity,
+    snapshot: KdaSnapshot,
+    codec: Codec = DEFAULT_CODEC,
+    key: bytes | None = None,
 ) -> EncodedSegment:
-    """Encode the state of all KDA layers after identity.stop tokens.
+    """Encode the state of some KDA layers after identity.stop tokens.
 
     Args:
-        identity: whose snapshot this is; start and stop are both its length.
+        identity: whose snapshot this is, and which layers'; start and stop are both its length.
         snapshot: its tensors fp32 or bf16, on any device, with any strides.
         codec: how the payload is encoded.
+        key: signs the segment, at least 16 bytes; None leaves it unsigned.
 
     Returns:
         A segment of kind `kda`.
 
     Raises:
-        ValueError: identity or snapshot are not as described.
+        ValueError: identity, snapshot, codec or key are not as described.
         SegmentTooLargeError: the snapshot is larger than `MAX_RAW_BYTES`.
     """
     if not identity.start == identity.stop == snapshot.length:
         raise ValueError(f"a snapshot at {snapshot.length} is not one of {identity}")
+    if (identity.first_layer, identity.layers) != (snapshot.first_layer, snapshot.layers):
+        raise ValueError(
+            f"a snapshot of {snapshot.layers} layers from {snapshot.first_layer} on is not one of "
+            f"{identity.layers} layers from {identity.first_layer} on"
+        )
     tensors = {"recurrent": snapshot.recurrent, "convolution": snapshot.convolution}
-    return _encode("kda", identity, tensors, codec)
+    return _encode("kda", identity, tensors, codec, key)
 
 
-def decode_latents(data: ReadableBuffer, expected: SegmentIdentity, layout: StateLayout) -> Tensor:
+def decode_latents(
+    data: ReadableBuffer,
+    expected: SegmentIdentity,
+    layout: StateLayout,
+    key: bytes | None = None,
+) -> Tensor:
     """Decode the latents of the tokens [expected.start, expected.stop).
 
     Args:
-        data: a whole segment; it is not referred to by the result.
+        data: a whole segment; the result may be a view of it where it is writable, so nobody may
+            write to it afterwards.
         expected: the identity it must have.
-        layout: the layout it must have.
+        layout: the layout that is wanted; dtypes are converted to its own.
+        key: that it must be signed with; None takes signed and unsigned ones.
 
     Returns:
         `[mla_layers, stop - start, latent_dim]` of the layout's latent dtype, on the CPU,
@@ -140,263 +160,179 @@ def decode_latents(data: ReadableBuffer, expected: SegmentIdentity, layout: Stat
 
     Raises:
         SegmentError: the subclass names the first check that failed, in the order of FORMAT.md.
+        ValueError: the key is too short.
     """
     shape = layout.latents_shape(expected.stop - expected.start)
-    (latents,) = _decode(
-        data, "mla", expected, [_TensorSpec("latents", layout.latent_dtype, shape)]
-    )
-    return latents
+    specs = [TensorSpec("latents", _STATE_DTYPES, shape)]
+    latents = _decode(data, "mla", expected, specs, key)["latents"]
+    return latents.to(TORCH_DTYPES[layout.latent_dtype])
 
 
 def decode_snapshot(
-    data: ReadableBuffer, expected: SegmentIdentity, layout: StateLayout
+    data: ReadableBuffer,
+    expected: SegmentIdentity,
+    layout: StateLayout,
+    key: bytes | None = None,
 ) -> KdaSnapshot:
-    """Decode the state of all KDA layers after expected.stop tokens.
+    """Decode the state of some KDA layers after expected.stop tokens.
 
     Args:
-        data: a whole segment; it is not referred to by the result.
-        expected: the identity it must have; start and stop are both the snapshot's length.
-        layout: the layout it must have.
+        data: a whole segment; the result may be a view of it where it is writable, so nobody may
+            write to it afterwards.
+        expected: the identity it must have, which names the layers; start and stop are both the
+            snapshot's length.
+        layout: the layout that is wanted; dtypes are converted to its own.
+        key: that it must be signed with; None takes signed and unsigned ones.
 
     Returns:
-        A snapshot with tensors of the layout's shapes and dtypes, on the CPU, contiguous and
-        writable.
+        A snapshot of these layers, with tensors of the layout's shapes and dtypes, on the CPU,
+        contiguous and writable.
 
     Raises:
         SegmentError: the subclass names the first check that failed, in the order of FORMAT.md.
+        ValueError: the key is too short.
     """
+    layers = range(layout.kda_layers)[expected.first_layer :][: expected.layers]
     specs = [
-        _TensorSpec("recurrent", layout.recurrent_dtype, layout.recurrent_shape),
-        _TensorSpec("convolution", layout.convolution_dtype, layout.convolution_shape),
+        TensorSpec("recurrent", _STATE_DTYPES, (len(layers), *layout.recurrent_shape[1:])),
+        TensorSpec("convolution", _STATE_DTYPES, (len(layers), *layout.convolution_shape[1:])),
     ]
-    recurrent, convolution = _decode(data, "kda", expected, specs)
-    return KdaSnapshot(expected.stop, recurrent, convolution)
-
-
-# --- what the format holds -------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _TensorSpec:
-    """A tensor that a layout demands."""
-
-    name: str
-    dtype: StateDType
-    shape: tuple[int, ...]
-
-    @property
-    def raw_bytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class _Header:
-    kind: SegmentKind
-    codec: Codec
-    metadata_bytes: int
-    payload_bytes: int
-    checksum: bytes
-
-
-_Size = Annotated[int, Field(ge=0)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _TensorEntry(_Strict):
-    name: Annotated[str, Field(max_length=64)]
-    dtype: Annotated[str, Field(max_length=64)]
-    shape: Annotated[tuple[_Size, ...], Field(max_length=8)]
-    wire_bytes: _Size
-
-
-class _Metadata(_Strict):
-    fingerprint: Identifier
-    request_id: Identifier
-    epoch: Epoch
-    start: _Size
-    stop: _Size
-    prefix_hash: Annotated[bytes, Field(min_length=16, max_length=16)]
-    raw_bytes: _Size
-    tensors: tuple[_TensorEntry, ...]
+    tensors = _decode(data, "kda", expected, specs, key)
+    return KdaSnapshot(
+        expected.stop,
+        tensors["recurrent"].to(TORCH_DTYPES[layout.recurrent_dtype]),
+        tensors["convolution"].to(TORCH_DTYPES[layout.convolution_dtype]),
+        expected.first_layer,
+    )
 
 
 # --- writing ---------------------------------------------------------------------------------
 
 
 def _encode(
-    kind: SegmentKind, identity: SegmentIdentity, tensors: dict[str, Tensor], codec: Codec
+    kind: SegmentKind,
+    identity: SegmentIdentity,
+    tensors: dict[str, Tensor],
+    codec: Codec,
+    key: bytes | None,
 ) -> EncodedSegment:
+    if kind not in codec.kinds:
+        raise ValueError(f"codec {codec.name} is not one for segments of kind {kind}")
+    for name, tensor in tensors.items():
+        if _dtype_name(tensor) not in _STATE_DTYPES:
+            raise ValueError(f"a state has no tensors of {tensor.dtype}, as {name} is")
     raw_bytes = sum(tensor.nbytes for tensor in tensors.values())
     if raw_bytes > MAX_RAW_BYTES:
         raise SegmentTooLargeError(f"{raw_bytes} bytes of state are over {MAX_RAW_BYTES}")
-    payloads = [codec.encode(_elements(tensor), tensor.itemsize) for tensor in tensors.values()]
+    on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    stored = ROUNDINGS[codec.rounding].store(on_cpu)
+    payloads = {
+        name: codec.coding.encode(_elements(tensor), tensor.itemsize)
+        for name, tensor in stored.items()
+    }
     entries = tuple(
-        _TensorEntry(
+        TensorEntry(
             name=name,
             dtype=_dtype_name(tensor),
             shape=tuple(tensor.shape),
-            wire_bytes=len(payload),
+            wire_bytes=len(payloads[name]),
         )
-        for (name, tensor), payload in zip(tensors.items(), payloads, strict=True)
+        for name, tensor in stored.items()
     )
-    metadata = _Metadata(**asdict(identity), raw_bytes=raw_bytes, tensors=entries)
-    return _seal(kind, codec, msgpack.packb(metadata.model_dump()), payloads, raw_bytes)
+    metadata = pack_metadata(kind, identity, raw_bytes, entries)
+    return _assemble(kind, codec, metadata, list(payloads.values()), raw_bytes, key)
 
 
-def _seal(
+def _assemble(
     kind: SegmentKind,
     codec: Codec,
     metadata: bytes,
-    payloads: Sequence[ReadableBuffer],
+    encoded: list[ReadableBuffer],
     raw_bytes: int,
+    key: bytes | None,
 ) -> EncodedSegment:
-    payload_bytes = sum(len(payload) for payload in payloads)
-    preamble = _PREAMBLE.pack(
-        MAGIC, FORMAT_VERSION, _KIND_IDS[kind], codec.wire_id, len(metadata), payload_bytes
+    between = [padded(len(part), ALIGNMENT) for part in encoded[:-1]]
+    payload = list(chain.from_iterable(zip(encoded, [*between, b""], strict=True)))
+    header = Header(
+        kind=kind,
+        codec=codec,
+        signed=key is not None,
+        metadata_bytes=len(metadata),
+        payload_bytes=sum(map(len, payload)),
     )
-    checksum = _checksum(preamble, metadata, *payloads)
-    data = b"".join((preamble, checksum, metadata, *payloads))
-    return EncodedSegment(data, kind, raw_bytes, checksum)
+    preamble = pack_header(header)
+    content = [metadata, padded(HEADER_BYTES + len(metadata), PAYLOAD_ALIGNMENT), *payload]
+    sealed = seal(preamble, content, key)
+    data = b"".join((preamble, sealed.checksum, sealed.mac, *content))
+    return EncodedSegment(data, kind, raw_bytes, sealed.checksum)
 
 
 def _elements(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor's elements in row-major order."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _dtype_name(tensor: Tensor) -> StateDType:
-    for name, dtype in TORCH_DTYPES.items():
+def _dtype_name(tensor: Tensor) -> ElementDType:
+    for name, dtype in _ELEMENT_DTYPES.items():
         if tensor.dtype == dtype:
             return name
-    raise ValueError(f"a state has no tensors of {tensor.dtype}")
-
-
-def _checksum(*parts: ReadableBuffer) -> bytes:
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
-
-
-def checksum_of(data: ReadableBuffer) -> bytes:
-    """The checksum a segment carries, not verified: whether it is the announced one.
-
-    Raises:
-        SegmentError: the header is damaged.
-    """
-    return _read_header(memoryview(data).cast("B")).checksum
+    raise ValueError(f"a segment has no tensors of {tensor.dtype}")
 
 
 # --- reading ---------------------------------------------------------------------------------
 
 
 def _decode(
-    data: ReadableBuffer, kind: SegmentKind, expected: SegmentIdentity, specs: list[_TensorSpec]
-) -> list[Tensor]:
+    data: ReadableBuffer,
+    kind: SegmentKind,
+    expected: SegmentIdentity,
+    specs: list[TensorSpec],
+    key: bytes | None,
+) -> dict[str, Tensor]:
     segment = memoryview(data).cast("B")
-    header = _read_header(segment)
-    payload_start = _HEADER_BYTES + header.metadata_bytes
-    if _checksum(segment[: _PREAMBLE.size], segment[_HEADER_BYTES:]) != header.checksum:
-        raise SegmentChecksumError("segment does not match its checksum")
-    metadata = _read_metadata(header, segment[_HEADER_BYTES:payload_start])
-    _check_identity(header.kind, metadata, kind, expected)
-    _check_tensors(metadata, specs)
-    return list(_decode_tensors(header.codec, metadata, specs, segment[payload_start:]))
-
-
-def _read_header(segment: memoryview) -> _Header:
-    """Check what can be known of a segment without reading beyond its header."""
-    if len(segment) < _HEADER_BYTES:
-        raise SegmentTruncatedError(f"segment of {len(segment)} bytes has no whole header")
-    magic, version, kind_id, codec_id, metadata_bytes, payload_bytes = _PREAMBLE.unpack_from(
-        segment
+    header = read_whole_header(segment)
+    check_seal(header, segment, key)
+    metadata = read_metadata(header, segment)
+    check_identity(header, metadata, kind, expected)
+    rounding = ROUNDINGS[header.codec.rounding]
+    _check_tensors(header.codec, metadata, expected, rounding.stored(specs))
+    encoded = encoded_tensors(metadata, segment[header.payload_start :])
+    return rounding.restore(
+        {
+            entry.name: _decode_tensor(header.codec.coding, entry, part)
+            for entry, part in zip(metadata.tensors, encoded, strict=True)
+        }
     )
-    if magic != MAGIC:
-        raise SegmentMagicError(f"segment starts with {magic!r}, not {MAGIC!r}")
-    if version != FORMAT_VERSION:
-        raise SegmentVersionError(f"segment has format version {version}, not {FORMAT_VERSION}")
-    kind = _kind_with_id(kind_id)
-    codec = codec_with_wire_id(codec_id)
-    if metadata_bytes > MAX_METADATA_BYTES:
-        raise SegmentTooLargeError(f"{metadata_bytes} bytes of metadata > {MAX_METADATA_BYTES}")
-    if payload_bytes > MAX_PAYLOAD_BYTES:
-        raise SegmentTooLargeError(f"{payload_bytes} bytes of payload > {MAX_PAYLOAD_BYTES}")
-    announced = _HEADER_BYTES + metadata_bytes + payload_bytes
-    if len(segment) != announced:
-        raise SegmentTruncatedError(f"segment has {len(segment)} bytes, not {announced}")
-    checksum = bytes(segment[_PREAMBLE.size : _HEADER_BYTES])
-    return _Header(kind, codec, metadata_bytes, payload_bytes, checksum)
 
 
-def _kind_with_id(kind_id: int) -> SegmentKind:
-    for kind, known_id in _KIND_IDS.items():
-        if kind_id == known_id:
-            return kind
-    raise SegmentVersionError(f"segment has kind {kind_id}, which this reader does not know")
-
-
-def _read_metadata(header: _Header, packed: memoryview) -> _Metadata:
-    try:
-        unpacked = msgpack.unpackb(packed, use_list=False, object_pairs_hook=_unique_fields)
-        metadata = _Metadata.model_validate(unpacked)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise SegmentMetadataError(f"metadata: {where:.100}: {first['msg']}") from None
-    except (ValueError, msgpack.UnpackException) as error:
-        raise SegmentMetadataError(f"metadata is not msgpack: {error}") from None
-    start, stop = metadata.start, metadata.stop
-    if start > stop or (header.kind == "kda" and start != stop):
-        raise SegmentMetadataError(f"tokens [{start}, {stop}) are no range of a {header.kind}")
-    wire_bytes = sum(entry.wire_bytes for entry in metadata.tensors)
-    if wire_bytes != header.payload_bytes:
-        raise SegmentMetadataError(f"{wire_bytes} bytes of tensors in {header.payload_bytes}")
-    if metadata.raw_bytes > MAX_RAW_BYTES:
-        raise SegmentTooLargeError(f"{metadata.raw_bytes} bytes of state > {MAX_RAW_BYTES}")
-    return metadata
-
-
-def _unique_fields(pairs: Iterable[tuple[object, object]]) -> dict[object, object]:
-    """Refuse a repeated key, of which two readers might take different values."""
-    unique: dict[object, object] = {}
-    for key, value in pairs:
-        if key in unique:
-            raise ValueError("a key is repeated")
-        unique[key] = value
-    return unique
-
-
-def _check_identity(
-    kind: SegmentKind, metadata: _Metadata, expected_kind: SegmentKind, expected: SegmentIdentity
+def _check_tensors(
+    codec: Codec, metadata: Metadata, expected: SegmentIdentity, specs: list[TensorSpec]
 ) -> None:
-    if kind != expected_kind:
-        raise SegmentForeignError(f"segment is of kind {kind}, not {expected_kind}")
-    for field in fields(expected):
-        found, wanted = getattr(metadata, field.name), getattr(expected, field.name)
-        if found != wanted:
-            raise SegmentForeignError(f"segment has {field.name} {found!r}, not {wanted!r}")
-
-
-def _check_tensors(metadata: _Metadata, specs: list[_TensorSpec]) -> None:
-    found = [(entry.name, entry.dtype, entry.shape) for entry in metadata.tensors]
-    wanted = [(spec.name, spec.dtype, spec.shape) for spec in specs]
-    if found != wanted:
-        raise SegmentShapeError(f"segment has tensors {found!r:.500}, not {wanted!r}")
-    raw_bytes = sum(spec.raw_bytes for spec in specs)
-    if metadata.raw_bytes != raw_bytes:
+    found = [(entry.name, entry.shape) for entry in metadata.tensors]
+    wanted = [(spec.name, spec.shape) for spec in specs]
+    if found != wanted or any(shape[0] != expected.layers for _, shape in wanted):
+        raise SegmentShapeError(
+            f"segment has tensors {found!r:.500} of {expected.layers} layers, not {wanted!r}"
+        )
+    for entry, spec in zip(metadata.tensors, specs, strict=True):
+        if entry.dtype not in spec.dtypes:
+            raise SegmentShapeError(f"segment has {entry.name} of {entry.dtype}, not {spec.dtypes}")
+    raw_bytes = sum(map(_stored_bytes, metadata.tensors))
+    if codec.lossless and metadata.raw_bytes != raw_bytes:
         raise SegmentShapeError(f"segment has {metadata.raw_bytes} bytes of state, not {raw_bytes}")
 
 
-def _decode_tensors(
-    codec: Codec, metadata: _Metadata, specs: list[_TensorSpec], payload: memoryview
-) -> Iterable[Tensor]:
-    offset = 0
-    for entry, spec in zip(metadata.tensors, specs, strict=True):
-        encoded = payload[offset : offset + entry.wire_bytes]
-        element_bytes = DTYPE_BYTES[spec.dtype]
-        elements = codec.decode(encoded, spec.raw_bytes, element_bytes).view(f"i{element_bytes}")
-        yield torch.from_numpy(elements).view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
-        offset += entry.wire_bytes
+def _element_dtype(entry: TensorEntry) -> ElementDType:
+    """The dtype of an entry that was checked to have one."""
+    return next(dtype for dtype in ELEMENT_BYTES if dtype == entry.dtype)
+
+
+def _stored_bytes(entry: TensorEntry) -> int:
+    return prod(entry.shape) * ELEMENT_BYTES[_element_dtype(entry)]
+
+
+def _decode_tensor(coding: Coding, entry: TensorEntry, encoded: memoryview) -> Tensor:
+    element_bytes = ELEMENT_BYTES[_element_dtype(entry)]
+    elements: ByteArray = coding.decode(encoded, _stored_bytes(entry), element_bytes)
+    numbers = torch.from_numpy(elements.view(f"i{element_bytes}"))
+    return numbers.view(_ELEMENT_DTYPES[_element_dtype(entry)]).view(entry.shape)

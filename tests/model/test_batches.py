@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared.kimi_linear import engine as engine_module
 from shared.kimi_linear.engine import Engine
+from shared.kimi_linear.model import LayerPassed
 from shared.kimi_linear.request_state import RequestState
 from tests.model.tolerances import SAME_MODEL_LOGITS
 
@@ -36,8 +37,9 @@ def prompts_of(reference: Arrays, lengths: Sequence[int]) -> list[list[int]]:
 
 def take_over(source: RequestState, target: RequestState) -> None:
     """Import all that another state exports."""
-    target.import_latents(source.export_latents(0, source.length))
+    target.import_latents(0, source.export_latents(0, source.length))
     target.import_snapshot(source.snapshot())
+    target.finish_import(source.length)
 
 
 def greedy_together(
@@ -191,8 +193,10 @@ def test_a_request_that_is_released_between_two_slices_disturbs_no_other(
     leaving, staying = new_state(), new_state()
     forward = engine._forward
 
-    def compute_and_leave(parts: Sequence[Sequence[int]], states: Sequence[RequestState]) -> Tensor:
-        hidden = forward(parts, states)
+    def compute_and_leave(
+        parts: Sequence[Sequence[int]], states: Sequence[RequestState], passed: LayerPassed
+    ) -> Tensor:
+        hidden = forward(parts, states, passed)
         leaving.release()
         return hidden
 

@@ -61,8 +61,9 @@ def test_latents_arrive_piece_by_piece_in_pages_that_are_not_neighbours(
     other_engine = Engine.load(reference_directory, "float32", room=Room(slots=12, tokens=1024))
     second = scattered_state(other_engine, 300, held)
     for start, stop in ((0, 50), (50, 64), (64, 129), (129, 150)):
-        second.import_latents(first.export_latents(start, stop))
+        second.import_latents(start, first.export_latents(start, stop))
     second.import_snapshot(first.snapshot())
+    second.finish_import(150)
     logits = other_engine.prefill([prompt[150:]], [second])[0]
     expected = torch.from_numpy(reference["logits_200"][-1])
     torch.testing.assert_close(logits, expected, rtol=0, atol=SAME_MODEL_LOGITS)

@@ -56,9 +56,11 @@ class StatesOfRequests(RuleBasedStateMachine):
         state = RequestState(self.pool, tokens + more)
         snapshot, latents = content = self.content(tokens)
         first = int(cut * tokens)
-        state.import_latents(latents[:, :first])
-        state.import_latents(latents[:, first:])
-        state.import_snapshot(snapshot)
+        for piece in snapshot.split(1):
+            state.import_snapshot(piece)
+        state.import_latents(0, latents[:, :first])
+        state.import_latents(first, latents[:, first:])
+        state.finish_import(tokens)
         self.held.append((state, content))
 
     @precondition(lambda self: self.held)
@@ -74,8 +76,9 @@ class StatesOfRequests(RuleBasedStateMachine):
         state, (snapshot, _) = self.held[number]
         state.clear()
         content = self.content(snapshot.length)
-        state.import_latents(content[1])
+        state.import_latents(0, content[1])
         state.import_snapshot(content[0])
+        state.finish_import(snapshot.length)
         self.held[number] = (state, content)
 
     @invariant()

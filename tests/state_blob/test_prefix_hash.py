@@ -1,56 +1,49 @@
 import random
-from itertools import pairwise
+import struct
+from hashlib import blake2b
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.state_blob.prefix_hash import BLOCK_TOKENS, PrefixHasher, extend, root
+from shared.state_blob.prefix_hash import BLOCK_TOKENS, PrefixNames, root
 
 tokens_lists = st.lists(st.integers(0, 2**32 - 1), max_size=300)
-SPLIT_LENGTHS = [0, 1, 63, 64, 65, 127, 128, 129, 130, 1000]
+LENGTHS = [0, 1, 63, 64, 65, 127, 128, 129, 130, 1000]
 
 
-def name_of(tokens: list[int], start: bytes | None = None) -> bytes:
-    hasher = PrefixHasher(root("model") if start is None else start)
-    hasher.update(tokens)
-    return hasher.digest()
+def name_of(tokens: list[int]) -> bytes:
+    return PrefixNames(root("model"), tokens).at(len(tokens))
 
 
-@given(tokens_lists, st.lists(st.integers(0, 300)))
-def test_a_name_does_not_depend_on_how_the_tokens_were_split(
-    tokens: list[int], cuts: list[int]
-) -> None:
-    hasher = PrefixHasher(root("model"))
-    edges = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
-    for start, stop in pairwise(edges):
-        hasher.update(tokens[start:stop])
-        assert hasher.digest() == name_of(tokens[:stop])
-    assert hasher.digest() == name_of(tokens)
+def block_name(parent: bytes, tokens: list[int]) -> bytes:
+    """As FORMAT.md says."""
+    content = parent + b"".join(struct.pack("<I", token) for token in tokens)
+    return blake2b(content, digest_size=16, person=b"prfaas block").digest()
 
 
-@pytest.mark.parametrize("length", SPLIT_LENGTHS)
-@pytest.mark.parametrize("split", SPLIT_LENGTHS)
-def test_a_name_is_the_same_at_every_split_around_a_block(length: int, split: int) -> None:
-    tokens = list(range(length))
-    hasher = PrefixHasher(root("model"))
-    hasher.update(tokens[:split])
-    hasher.digest()
-    hasher.update(tokens[split:])
-    assert hasher.digest() == name_of(tokens)
+@given(tokens_lists, st.integers(0, 300))
+def test_a_prefix_has_one_name_whatever_follows_it(tokens: list[int], length: int) -> None:
+    length = min(length, len(tokens))
+    assert PrefixNames(root("model"), tokens).at(length) == name_of(tokens[:length])
 
 
-def test_whole_blocks_are_named_by_the_chain() -> None:
-    tokens = [random.Random(1).randrange(2**32) for _ in range(3 * BLOCK_TOKENS)]
-    first = extend(root("model"), tokens[:64])
-    second = extend(first, tokens[64:128])
-    assert name_of(tokens[:64]) == first
-    assert name_of(tokens[:128]) == second
-    assert name_of(tokens[64:130], start=first) == name_of(tokens[:130])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_name_is_that_of_the_chain_of_blocks(length: int) -> None:
+    tokens = [random.Random(length).randrange(2**32) for _ in range(length)]
+    name = root("model")
+    blocks = []
+    for start in range(0, length, BLOCK_TOKENS):
+        name = block_name(name, tokens[start : start + BLOCK_TOKENS])
+        blocks.append(name)
+    names = PrefixNames(root("model"), tokens)
+    assert names.at(length) == name
+    assert names.blocks == tuple(blocks[: length // BLOCK_TOKENS])
 
 
 def test_the_empty_prefix_is_named_by_the_root() -> None:
     assert name_of([]) == root("model")
+    assert PrefixNames(root("model"), []).blocks == ()
 
 
 @given(tokens_lists, tokens_lists)
@@ -79,22 +72,17 @@ def test_names_never_change_between_releases() -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 2**32])
-def test_a_token_id_out_of_range_is_refused_and_leaves_the_prefix_as_it_was(bad: int) -> None:
-    hasher = PrefixHasher(root("model"))
-    hasher.update([1, 2, 3])
+def test_a_token_id_out_of_range_is_refused(bad: int) -> None:
     with pytest.raises(ValueError, match="token ids"):
-        hasher.update([*range(100), bad])
-    assert hasher.digest() == name_of([1, 2, 3])
+        PrefixNames(root("model"), [*range(100), bad])
 
 
-@pytest.mark.parametrize("count", [0, 65])
-def test_a_block_of_any_other_size_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match="1 to 64 tokens"):
-        extend(root("model"), [0] * count)
+@pytest.mark.parametrize("length", [-1, 4])
+def test_a_prefix_that_is_not_there_has_no_name(length: int) -> None:
+    with pytest.raises(ValueError, match="no prefix of"):
+        PrefixNames(root("model"), [1, 2, 3]).at(length)
 
 
-def test_a_parent_that_is_no_name_is_refused() -> None:
+def test_a_root_that_is_no_name_is_refused() -> None:
     with pytest.raises(ValueError, match="16 bytes"):
-        extend(b"short", [1])
-    with pytest.raises(ValueError, match="16 bytes"):
-        PrefixHasher(b"")
+        PrefixNames(b"", [])
