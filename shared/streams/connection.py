@@ -39,7 +39,8 @@ Answer = TypeVar("Answer")
 
 
 @contextmanager
-def _passing_answers_as_errors() -> Iterator[None]:
+def passing_answers_as_errors() -> Iterator[None]:
+    """Turn an answer of a server that cannot serve for now into a `ConnectionError`."""
     try:
         yield
     except exceptions.ResponseError as error:
@@ -52,7 +53,7 @@ class _LimitedPipeline(Pipeline):
     """A pipeline that ends within the time limit, whatever its server does."""
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        with _passing_answers_as_errors():
+        with passing_answers_as_errors():
             async with asyncio.timeout(_COMMAND_SECONDS):
                 return await super().execute(raise_on_error)
 
@@ -65,7 +66,7 @@ class _LimitedRedis(Redis):
     """
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        with _passing_answers_as_errors():
+        with passing_answers_as_errors():
             async with asyncio.timeout(_COMMAND_SECONDS):
                 return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
@@ -86,7 +87,8 @@ def connect(url: str, connections: int = 64) -> Redis:
         health_check_interval=15,
         protocol=2,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 3),
-        retry_on_error=[exceptions.BusyLoadingError],
+        # A write to a connection that was reset is a RuntimeError on uvloop: nothing was sent.
+        retry_on_error=[exceptions.BusyLoadingError, RuntimeError],
     )
     return _LimitedRedis.from_pool(pool)
 
@@ -113,7 +115,11 @@ async def insist(ask: Callable[[], Awaitable[Answer]], what: str) -> Answer:
             return await ask()
         except PASSING_ERRORS as error:
             log.warning(
-                "redis unavailable", during=what, error=type(error).__name__, retry_in=pause
+                "redis unavailable",
+                during=what,
+                error=type(error).__name__,
+                reason=str(error),
+                retry_in=pause,
             )
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)

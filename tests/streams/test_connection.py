@@ -2,10 +2,15 @@
 
 import asyncio
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import uvloop
 from redis.asyncio import Redis
 
+from services.cli.link.schedule import LinkSettings
+from services.cli.link.wan_link import WanLink
 from shared.streams import connection
 from shared.streams.connection import PASSING_ERRORS, connect, repeat, without_password
 from shared.streams.scripts import run_script
@@ -48,6 +53,33 @@ async def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.Monke
                 await client.ping()
             with pytest.raises(PASSING_ERRORS):
                 await pipelined(client)
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+async def test_a_connection_that_is_reset_while_it_is_idle_is_made_anew(
+    embedded_url: str, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    server = Path(embedded_url.removeprefix("unix://"))
+
+    async def ask_across_resets() -> None:
+        async with (
+            WanLink(server, LinkSettings()) as link,
+            connect(f"redis://127.0.0.1:{link.port}") as client,
+        ):
+            for ask in (client.ping, lambda: pipelined(client)):
+                await client.ping()
+                (idle,) = client.connection_pool._available_connections
+                link.reset()
+                writer = idle._writer
+                assert writer is not None
+                await eventually(writer.transport.is_closing)
+                await ask()
+
+    def on_its_loop() -> None:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(ask_across_resets())
+
+    await asyncio.to_thread(on_its_loop)
 
 
 async def test_a_server_that_cannot_write_for_now_is_in_passing_trouble(redis: Redis) -> None:
