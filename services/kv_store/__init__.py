@@ -1,1 +1,1 @@
-"""Control plane of a region's states: leases, orphans, accounting."""
+"""Control plane of a region's states: leases, orphans, the prefix cache, accounting."""

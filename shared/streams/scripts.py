@@ -1,17 +1,27 @@
-"""The Lua scripts: one file each, with the invariant it protects in its first line."""
+"""The Lua scripts: one file each, which begins with the invariant it protects.
 
+Those that only give memory back, or keep what was begun going, run in a full server, too: they say
+so in a line of flags. A line `--include NAME` stands for the functions of another file.
+"""
+
+import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from redis.asyncio import Redis
 
-_FOLDER = Path(__file__).parent / "lua"
+_FOLDER: Final = Path(__file__).parent / "lua"
+_INCLUDE: Final = re.compile(r"^--include (\w+)$", re.MULTILINE)
+
+
+def _read(name: str) -> str:
+    return (_FOLDER / f"{name}.lua").read_text()
 
 
 @cache
 def _source(name: str) -> str:
-    return (_FOLDER / f"{name}.lua").read_text()
+    return _INCLUDE.sub(lambda include: _read(include[1]), _read(name))
 
 
 async def run_script(

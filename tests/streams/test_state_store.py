@@ -22,6 +22,10 @@ def segment(attempt: Attempt, number: int, data: bytes) -> SegmentDescriptor:
     return SegmentDescriptor(
         key=keys.segment(attempt.job.request_id, attempt.epoch, number),
         kind="mla",
+        producer=attempt.job.request_id,
+        epoch=attempt.epoch,
+        layers=1,
+        codec="raw",
         start=0,
         stop=3,
         wire_bytes=len(data),
@@ -41,7 +45,7 @@ async def published(redis: Redis, request_id: str = "r1") -> SegmentDescriptor:
     store = StateStore(redis, "prefill")
     await store.open_lease(request_id, 60)
     descriptor = segment(attempt, 0, b"latents")
-    await store.publish(request_id, attempt.epoch, descriptor, b"latents")
+    await store.write(request_id, descriptor, b"latents")
     return descriptor
 
 
@@ -50,23 +54,27 @@ async def test_a_segment_can_be_pulled_as_soon_as_it_is_announced(redis: Redis) 
     attempt = await begun(redis)
     await store.announce("r1", attempt.epoch, PrefillStarted(epoch=attempt.epoch))
     descriptor = segment(attempt, 0, b"latents")
-    await store.publish("r1", attempt.epoch, descriptor, b"latents")
+    await store.write("r1", descriptor, b"latents")
+    await store.announce("r1", attempt.epoch, SegmentReady(epoch=attempt.epoch, segment=descriptor))
     events = store.events("r1")
     assert await events.read() == [
         PrefillStarted(epoch=attempt.epoch),
         SegmentReady(epoch=attempt.epoch, segment=descriptor),
     ]
     assert await events.read() == []
-    assert await store.fetch(descriptor) == b"latents"
+    assert await redis.get(descriptor.key) == b"latents"
 
 
-async def test_a_superseded_attempt_leaves_nothing_behind(redis: Redis) -> None:
+async def test_a_superseded_attempt_cannot_announce_a_segment(redis: Redis) -> None:
     store = StateStore(redis, "prefill")
     attempt = await begun(redis)
     await JobQueue(redis, "prefill").enqueue_again(attempt.job, attempt.epoch)
     await begin_next(await live_worker(redis, "w2", "prefill"))
+    old = segment(attempt, 0, b"old")
+    await store.write("r1", old, b"old")
     with pytest.raises(SupersededError):
-        await store.publish("r1", attempt.epoch, segment(attempt, 0, b"old"), b"old")
+        await store.announce("r1", attempt.epoch, SegmentReady(epoch=attempt.epoch, segment=old))
+    await store.discard("r1", old)
     assert await redis.keys("prfaas:state:segment*") == []
 
 
@@ -76,17 +84,6 @@ async def test_a_cancelled_prefill_announces_nothing(redis: Redis) -> None:
     await JobQueue(redis, "prefill").cancel("r1")
     with pytest.raises(CancelledJobError):
         await store.announce("r1", attempt.epoch, PrefillStarted(epoch=attempt.epoch))
-
-
-async def test_a_segment_that_is_gone_or_of_another_size_is_lost(redis: Redis) -> None:
-    store = StateStore(redis, "prefill")
-    descriptor = await published(redis)
-    await redis.append(descriptor.key, b"!")
-    with pytest.raises(StateLostError, match="8 bytes, 7 were announced"):
-        await store.fetch(descriptor)
-    await redis.delete(descriptor.key)
-    with pytest.raises(StateLostError):
-        await store.fetch(descriptor)
 
 
 async def test_an_announcement_that_is_none_means_a_lost_state(redis: Redis) -> None:
@@ -111,7 +108,7 @@ async def test_a_store_without_memory_refuses_by_name(redis: Redis) -> None:
     await redis.config_set("maxmemory", 1)
     try:
         with pytest.raises(StateStoreFullError):
-            await store.publish("r1", attempt.epoch, segment(attempt, 0, b"x"), b"x")
+            await store.write("r1", segment(attempt, 0, b"x"), b"x")
     finally:
         await redis.config_set("maxmemory", 0)
 

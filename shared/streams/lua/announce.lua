@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Invariant: only the running attempt with the highest epoch announces anything of a prefill.
 -- KEYS: job record, prefill events. ARGV: epoch, event, time to live in ms.
 -- Returns 'ok', 'superseded' or the state in which the job has ended.

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Invariant: each attempt at a job has a higher epoch than all before it, and none begins for a job
 -- that has ended or is owned by another worker.
 -- KEYS: job stream, job record. ARGV: group, entry, worker, time to live in ms.

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Invariant: an entry changes hands only when its owner shows no sign of life, or when its owner is
 -- the caller and does not run it. The latter was lost on its way, which is not held against the job.
 -- KEYS: job stream. ARGV: group, caller, prefix of the keys of live workers, most entries to take,

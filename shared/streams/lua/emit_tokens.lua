@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Invariant: each token index of a request is emitted once, by the attempt with the highest epoch,
 -- to the gateway's stream and to the request's log in one step; repeating a call changes nothing.
 -- KEYS: gateway's token stream, gateway's sign of life, then for each event: job record, token log.

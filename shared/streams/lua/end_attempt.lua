@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Invariant: only the attempt that owns a job ends it; a cancelled job stays cancelled. The entry
 -- stays with its owner, for whatever has to be freed, until it is acknowledged.
 -- KEYS: job stream, job record. ARGV: group, entry, worker, epoch, new state, time to live in ms.

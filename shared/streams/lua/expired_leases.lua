@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Invariant: whether a lease has run out is judged by one clock, that of Redis.
 -- KEYS: leases. ARGV: most to name. Returns the request ids whose lease has run out.
 local now = redis.call('TIME')

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Invariant: a job handed back is owned by nobody alive, so that any worker may claim it, and its
 -- delivery count is what its worker says: an attempt that was no fault of the job does not count.
 -- KEYS: job stream, job record. ARGV: group, entry, worker, epoch, nobody's name, deliveries.

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Invariant: a job reaches the dead letters once, by the hand of its owner. The entry stays with its
 -- owner until it is acknowledged. A job whose failure was told to its client still belongs there.
 -- KEYS: job stream, dead letters, job record (absent if the payload names no request).

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Invariant: a worker that shows a sign of life is a consumer of the group, also right after Redis
 -- lost its data. The group starts at 0: jobs queued before any worker came are delivered too.
 -- KEYS: job stream, worker's sign of life. ARGV: group, worker, registration, time to live in ms.

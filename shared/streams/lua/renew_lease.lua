@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Invariant: a lease that has run out is never revived; who held it must treat the state as lost.
 -- KEYS: leases. ARGV: lease in ms, '1' to open a lease that may be new, then request ids.
 -- Returns the request ids whose lease is gone.
