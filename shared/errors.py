@@ -118,10 +118,24 @@ class UnsupportedDeviceError(PrfaasError):
     """The engine cannot compute as it was told to on this machine."""
 
 
+class IncompatibleWorkerError(PrfaasError):
+    """A worker's model or state is not the one of the workers that it would work with."""
+
+
 class StateLostError(PrfaasError):
     """A published state cannot be had (any more) and has to be computed again."""
 
     retryable = True
+
+
+class LostSegmentError(StateLostError):
+    """The segment `key` cannot be used; `cause` says why. A cache that has it has to forget it."""
+
+    def __init__(self, cause: StateLostError, key: str, *, of_snapshot: bool) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.key = key
+        self.of_snapshot = of_snapshot
 
 
 class StateStoreFullError(PrfaasError):
@@ -157,6 +171,10 @@ class SegmentChecksumError(SegmentError):
     """The content does not match its checksum."""
 
 
+class SegmentSignatureError(SegmentError):
+    """The segment is not signed with this reader's key."""
+
+
 class SegmentMetadataError(SegmentError):
     """The metadata is not what the format says it is."""
 
@@ -171,3 +189,11 @@ class SegmentShapeError(SegmentError):
 
 class SegmentPayloadError(SegmentError):
     """The payload is not an encoding of as many bytes as the tensor needs."""
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What went wrong first in a group of tasks; the group has cancelled the rest."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -19,7 +19,7 @@ from pydantic import (
 
 from shared.errors import MessageError
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
 MOST_BIASED_TOKENS: Final = 300
 LARGEST_BIAS: Final = 100
@@ -44,6 +44,9 @@ TokenIds = Annotated[
 Milliseconds = Annotated[float, Field(ge=0)]
 Identifier = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Epoch = Annotated[int, Field(ge=1)]
+PrefixName = Annotated[bytes, Field(min_length=16, max_length=16)]
+"""Name of the first tokens of a prompt, see `shared/state_blob/prefix_hash.py`."""
+CodecName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-z0-9-]+$")]
 Bias = Annotated[float, Field(ge=-LARGEST_BIAS, le=LARGEST_BIAS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -91,6 +94,8 @@ class Job(Message):
     max_tokens: Annotated[int, Field(ge=1)]
     stop_token_ids: TokenIds = ()
     """Tokens that end the text and are not part of it; empty when they are to be ignored."""
+    tenant: Annotated[bytes, Field(max_length=32)] = b""
+    """Salt of the names of its prefixes: requests of unlike tenants share no cached state."""
 
 
 # --- prefill worker -> decode worker ---------------------------------------------------------
@@ -109,6 +114,14 @@ class SegmentDescriptor(Message):
 
     key: Annotated[str, Field(min_length=1, max_length=256)]
     kind: Literal["mla", "kda"]
+    producer: Identifier
+    """The request that it was written for, which need not be the one that uses it."""
+    epoch: Epoch
+    """The attempt of that request."""
+    first_layer: Annotated[int, Field(ge=0)] = 0
+    """First layer of its kind that the segment covers."""
+    layers: Annotated[int, Field(ge=1)]
+    codec: CodecName
     start: Annotated[int, Field(ge=0)]
     """First token the segment covers; a KDA snapshot covers none: its start is its stop."""
     stop: Annotated[int, Field(ge=1)]
@@ -123,6 +136,8 @@ class Manifest(Message):
     fingerprint: Identifier
     segments: Annotated[tuple[SegmentDescriptor, ...], Field(min_length=1)]
     first_token: Token
+    cached_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of the prompt whose state was there before and not computed again."""
     queued: Milliseconds
     """From the job's arrival in the queue to the start of this attempt (clock of the queue)."""
     prefill: Milliseconds
@@ -154,6 +169,27 @@ class PrefillFailed(Message):
 
     epoch: Epoch
     reason: str
+
+
+class PrefixNode(Message):
+    """Consecutive whole blocks of some prompt, as the prefix cache of a region keeps them.
+
+    Nodes form a tree: each begins where its parent ends.
+    """
+
+    parent: PrefixName
+    """Name of the tokens before the node's first."""
+    blocks: Annotated[tuple[PrefixName, ...], Field(min_length=1)]
+    """Names of the prefixes that end with each of the node's blocks; the last names the node."""
+    latents: SegmentDescriptor
+    """MLA latents of all tokens of the node."""
+    snapshot: tuple[SegmentDescriptor, ...] = ()
+    """KDA state at the end of the node, in pieces; none where it was not kept."""
+
+    @property
+    def name(self) -> bytes:
+        """Name of the prefix that ends with the node."""
+        return self.blocks[-1]
 
 
 PrefillEvent = PrefillStarted | SegmentReady | PrefillDone | PrefillFailed
@@ -188,6 +224,8 @@ class TokenEvent(Message):
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cached_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Of the prompt, see `Manifest`; comes with the first token."""
     timings: Timings | None = None
 
 
@@ -201,7 +239,11 @@ class WorkerRegistration(Message):
     role: Literal["prefill", "decode"]
     fingerprint: Identifier
     layout: Annotated[str, Field(max_length=512)]
-    """The state layout it reads or writes; both sides must name the same one."""
+    """The shapes of the states it reads or writes; both sides must name the same ones."""
+    signing: Annotated[str, Field(max_length=64)] = "no key"
+    """What names the key that states are signed with, without telling it."""
+    codecs: Annotated[tuple[CodecName, ...], Field(max_length=32)] = ()
+    """Codecs of segments that it can read."""
     slots: Annotated[int, Field(ge=1)]
 
 

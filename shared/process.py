@@ -11,9 +11,20 @@ from typing import Any, Final, NoReturn
 
 import uvloop
 
-from shared.errors import CheckpointError, UnsupportedDeviceError
+from shared.errors import (
+    CheckpointError,
+    IncompatibleWorkerError,
+    UnsupportedDeviceError,
+    first_error,
+)
 from shared.settings import SettingsT, load_settings
 
+_SETTINGS_ERRORS: Final = (
+    CheckpointError,
+    IncompatibleWorkerError,
+    UnsupportedDeviceError,
+    socket.gaierror,
+)
 _ADDRESS_ERRORS: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
 
 
@@ -36,14 +47,21 @@ def run_service(
     """
     settings = load_settings(settings_type, program)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_until_signal(settings, serve))
-    except (CheckpointError, UnsupportedDeviceError, socket.gaierror) as error:
+        _run(_until_signal(settings, serve))
+    except _SETTINGS_ERRORS as error:
         _refuse_to_start(program, error)
     except OSError as error:
         if error.errno not in _ADDRESS_ERRORS:
             raise
         _refuse_to_start(program, error)
+
+
+def _run(service: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            runner.run(service)
+        except BaseExceptionGroup as group:
+            raise first_error(group) from group
 
 
 def _refuse_to_start(program: str, error: Exception) -> NoReturn:

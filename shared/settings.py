@@ -5,16 +5,22 @@ A flag wins over a `PRFAAS_*` variable, and that over the default.
 
 import os
 import sys
+from hashlib import pbkdf2_hmac
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio.connection import parse_url
 
 from shared.kernels.dtypes import WeightDTypeChoice
+from shared.messages import Identifier
+from shared.quantities import Bandwidth, Delay, Probability
 
 ENV_PREFIX = "PRFAAS_"
+
+_KEY_ITERATIONS: Final = 200_000
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -29,6 +35,36 @@ def _check_redis_url(url: str) -> str:
 
 RedisUrl = Annotated[str, AfterValidator(_check_redis_url)]
 Port = Annotated[int, Field(ge=0, lt=65536)]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Take host and port from `HOST:PORT` or `[IPV6]:PORT`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    complaint = "is not HOST:PORT"
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(complaint) from None
+    if not host or port is None or parts.netloc != address or parts.username is not None:
+        raise ValueError(complaint)
+    return host, port
+
+
+def _check_address(address: str) -> str:
+    split_address(address)
+    return address
+
+
+def _check_target(target: str) -> str:
+    return target if target.startswith("/") else _check_address(target)
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+Target = Annotated[str, AfterValidator(_check_target)]
 
 
 def user_cache_directory() -> Path | None:
@@ -84,6 +120,9 @@ class GatewaySettings(ServiceSettings):
     max_backlog: int = Field(
         256, ge=1, description="jobs queued or running before requests are answered 429"
     )
+    share_prefixes: bool = Field(
+        False, description="whether requests of unlike API keys share cached states"
+    )
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="largest request body in bytes")
     request_timeout: Seconds = Field(
         600, le=3600, description="seconds a request may take in all, waiting included"
@@ -134,15 +173,47 @@ class WorkerSettings(ServiceSettings, EngineSettings):
         default_factory=user_cache_directory,
         description="directory that remembers fingerprints of checkpoints, if it can be written",
     )
+    latent_codec: Literal["auto", "raw", "zstd", "int8-latent"] = Field(
+        "auto",
+        description="coding of MLA latents; auto takes raw or zstd, whichever the slowest link "
+        "carries faster",
+    )
+    state_codec: Literal["auto", "raw", "zstd", "bf16-state"] = Field(
+        "auto", description="coding of KDA states; auto as for latents"
+    )
+    state_key: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="secret that states are signed with; then nothing unsigned is read",
+    )
+    prefix_cache: bool = Field(
+        True, description="whether states are kept for, and taken from, prompts that begin alike"
+    )
+
+    @property
+    def signing(self) -> str:
+        """Names the key that states are signed with; it takes a while to try keys out."""
+        if self.signing_key is None:
+            return "no key"
+        digest = pbkdf2_hmac("sha256", self.signing_key, b"prfaas state key", _KEY_ITERATIONS)
+        return f"key {digest[:8].hex()}"
+
+    @property
+    def signing_key(self) -> bytes | None:
+        """What states are signed with, if they are."""
+        return self.state_key.get_secret_value().encode() if self.state_key else None
 
 
 class PrefillWorkerSettings(WorkerSettings):
     """A worker that computes states in the prefill region."""
 
     chunk_tokens: int = Field(
-        512, ge=1, le=65536, description="tokens prefilled and published at a time"
+        512,
+        ge=64,
+        le=65536,
+        multiple_of=64,
+        description="tokens prefilled and published at a time, in whole blocks of 64",
     )
-    codec: Literal["zstd", "raw"] = Field("zstd", description="coding of published segments")
     state_lease: Seconds = Field(
         300, description="seconds a state is kept for while no decode worker holds it"
     )
@@ -153,6 +224,17 @@ class DecodeWorkerSettings(WorkerSettings):
 
     prefill_redis_url: RedisUrl | None = Field(
         None, repr=False, description="Redis of the prefill region; its own region's if unset"
+    )
+    state_redis_url: RedisUrl | None = Field(
+        None,
+        repr=False,
+        description="Redis that keeps this region's copies of states; that of its jobs if unset",
+    )
+    link: Identifier = Field(
+        "serving", description="name of the network between the prefill region and this one"
+    )
+    pull_connections: int = Field(
+        4, ge=1, le=64, description="connections that states are pulled over"
     )
     slots: int = Field(16, ge=1, le=1024, description="requests decoded in one batch")
     waiting: int = Field(
@@ -173,6 +255,12 @@ class KvStoreSettings(ServiceSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Port = Field(8001, description="port to listen on; 0 takes a free one")
     sweep_interval: Seconds = Field(1, description="seconds between sweeps for expired leases")
+    capacity: int = Field(
+        0,
+        ge=0,
+        description="bytes of the prefix cache; 0 takes half of the server's maxmemory, or 1 GiB "
+        "if it has none",
+    )
 
 
 class UpSettings(EngineSettings):
@@ -195,12 +283,34 @@ class UpSettings(EngineSettings):
     drain_timeout: Seconds = Field(30, description="seconds that requests may go on at shutdown")
 
 
+class WanSettings(Settings):
+    """A link to test on: what bandwidth and delay between two regions do, on one machine."""
+
+    listen: Address = Field(description="HOST:PORT to listen on; port 0 takes a free one")
+    target: Target = Field(
+        description="HOST:PORT that connections are forwarded to, or the path of a unix socket"
+    )
+    bandwidth: Bandwidth = Field(
+        200e6, description="bits a second in each direction, like 200M or 1.5G; 0 sets no limit"
+    )
+    round_trip: Delay = Field(0.04, description="time to the target and back, like 40ms")
+    jitter: Delay = Field(0.0, description="time by which bytes are late at most, like 5ms")
+    corruption: Probability = Field(
+        0.0, description="probability that a byte is changed on its way"
+    )
+    seed: int = Field(0, description="makes jitter and corruption repeatable")
+    control: Address | None = Field(
+        None, description="HOST:PORT of the endpoints that show and change the link; none if unset"
+    )
+
+
 SERVICE_SETTINGS: tuple[type[Settings], ...] = (
     GatewaySettings,
     PrefillWorkerSettings,
     DecodeWorkerSettings,
     KvStoreSettings,
     UpSettings,
+    WanSettings,
 )
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

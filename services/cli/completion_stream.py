@@ -41,11 +41,18 @@ class CompletionOptions:
         return {**wanted, "stream": True, "stream_options": {"include_usage": True}}
 
 
+class PromptTokensDetails(BaseModel):
+    """What the tokens of a prompt were."""
+
+    cached_tokens: int = 0
+
+
 class Usage(BaseModel):
     """Tokens of a completion."""
 
     prompt_tokens: int
     completion_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from shared.settings import ENV_PREFIX, UpSettings
 LOOPBACK: Final = "127.0.0.1"
 
 _REDIS_URL: Final = f"{ENV_PREFIX}REDIS_URL"
-_PREFILL_REDIS_URL: Final = f"{ENV_PREFIX}PREFILL_REDIS_URL"
+_OTHER_REDIS_URLS: Final = (f"{ENV_PREFIX}PREFILL_REDIS_URL", f"{ENV_PREFIX}STATE_REDIS_URL")
 _STOP_MARGIN: Final = 10.0
 """Seconds a service may take beyond its own time to drain, before it is killed."""
 
@@ -121,7 +121,7 @@ class SystemPlanner:
 
 def _environment_with(environment: Mapping[str, str], redis_url: str) -> dict[str, str]:
     """Both regions of the system share one Redis, whatever the environment says of the other."""
-    decided_here = (_REDIS_URL, _PREFILL_REDIS_URL)
+    decided_here = (_REDIS_URL, *_OTHER_REDIS_URLS)
     kept = {name: value for name, value in environment.items() if name.upper() not in decided_here}
     return {**kept, _REDIS_URL: redis_url}
 

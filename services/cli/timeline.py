@@ -29,7 +29,9 @@ def _milliseconds(value: float) -> str:
 
 
 def _tokens(usage: Usage, timings: Timings | None) -> str:
-    counts = f"{usage.prompt_tokens} read, {usage.completion_tokens} written"
+    cached = usage.prompt_tokens_details.cached_tokens
+    read = f"{usage.prompt_tokens} read" + (f" ({cached} cached)" if cached else "")
+    counts = f"{read}, {usage.completion_tokens} written"
     decoded = usage.completion_tokens - 1  # the first one comes with the prefill
     if timings is None or decoded < 1 or not timings.decode:
         return counts

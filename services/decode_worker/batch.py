@@ -20,6 +20,7 @@ from shared.kimi_linear.engine import Engine
 from shared.kimi_linear.request_state import RequestState
 from shared.kimi_linear.sampling import sample
 from shared.messages import Token
+from shared.state_blob.prefix_hash import BLOCK_TOKENS
 from shared.streams.connection import PASSING_ERRORS
 from shared.streams.token_stream import Emission, TokenPublisher
 
@@ -35,7 +36,15 @@ class _Member:
 
 
 class ContinuousBatch:
-    """The sequences that are decoded together."""
+    """The sequences that are decoded together.
+
+    Args:
+        engine: that decodes.
+        compute: the thread that it does so in.
+        publisher: of the tokens.
+        metrics: of the steps.
+        keeps_snapshots: whether sequences are given the KDA state at each whole block.
+    """
 
     def __init__(
         self,
@@ -43,11 +52,14 @@ class ContinuousBatch:
         compute: ComputeThread,
         publisher: TokenPublisher,
         metrics: DecodeMetrics,
+        *,
+        keeps_snapshots: bool = False,
     ) -> None:
         self._engine = engine
         self._compute = compute
         self._publisher = publisher
         self._metrics = metrics
+        self._keeps_snapshots = keeps_snapshots
         self._members: list[_Member] = []
         self._joined = asyncio.Event()
 
@@ -98,6 +110,8 @@ class ContinuousBatch:
             [member.sequence.last_token_id for member in members],
             [member.state for member in members],
         )
+        if self._keeps_snapshots:
+            _keep_snapshots(members)
         try:
             return list(_sample(members, logits))
         except BrokenLogitsError as broken:
@@ -115,6 +129,12 @@ class ContinuousBatch:
             self._metrics.tokens.inc(len(emission.event.tokens))
             if refusal is not None or emission.event.finish_reason is not None:
                 _end(member, refusal)
+
+
+def _keep_snapshots(members: list[_Member]) -> None:
+    for member in members:
+        if member.state.length % BLOCK_TOKENS == 0:
+            member.sequence.reached_block(member.state.snapshot())
 
 
 def _sample(members: list[_Member], logits: Tensor) -> list[Token]:

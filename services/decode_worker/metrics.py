@@ -35,3 +35,14 @@ class DecodeMetrics:
             ["cause"],
             registry=registry,
         )
+        self.local_tokens = Counter(
+            "prfaas_local_latents_tokens",
+            "Prompt tokens whose latents were in this region already",
+            registry=registry,
+        )
+        self.conversations = Counter(
+            "prfaas_conversations",
+            "Finished answers by what became of their state",
+            ["outcome"],
+            registry=registry,
+        )

@@ -3,6 +3,7 @@
 from time import monotonic
 
 from shared.kimi_linear.sampling import Draw
+from shared.kimi_linear.snapshot import KdaSnapshot
 from shared.messages import FinishReason, Job, Manifest, Timings, Token, TokenEvent
 from shared.streams.job_queue import Attempt
 
@@ -21,6 +22,8 @@ class Sequence:
         self.attempt = attempt
         self.manifest = manifest
         self.tokens = list(tokens)
+        self.block_snapshot: KdaSnapshot | None = None
+        """The state at the last whole block that decode has reached."""
         self._draw: Draw | None = None
         self.finished = False
         self._transfer_seconds = 0.0
@@ -34,6 +37,10 @@ class Sequence:
         self._raw_bytes = raw_bytes
         self._wire_bytes = wire_bytes
         self._decoding_since = monotonic()
+
+    def reached_block(self, snapshot: KdaSnapshot) -> None:
+        """Note the state at a whole block, in place of that at the one before."""
+        self.block_snapshot = snapshot
 
     @property
     def job(self) -> Job:
@@ -70,6 +77,7 @@ class Sequence:
             index=index,
             tokens=emitted,
             finish_reason=reason,
+            cached_tokens=None if index else self.manifest.cached_tokens,
             timings=self._timings() if reason else None,
         )
 

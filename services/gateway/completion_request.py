@@ -163,7 +163,11 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
 
 
 def make_job(
-    request: CompletionRequest, model: ServedModel, request_id: str, gateway_id: str
+    request: CompletionRequest,
+    model: ServedModel,
+    request_id: str,
+    gateway_id: str,
+    tenant: bytes,
 ) -> Job:
     """Tokenise a request and hold it against what the model can do.
 
@@ -203,6 +207,7 @@ def make_job(
         ),
         max_tokens=request.max_tokens,
         stop_token_ids=() if request.ignore_eos else model.end_token_ids,
+        tenant=tenant,
     )
 
 

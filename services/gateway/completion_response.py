@@ -19,12 +19,20 @@ class _ResponsePart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class PromptTokensDetails(_ResponsePart):
+    """What the prompt's tokens were."""
+
+    cached_tokens: int
+    """Those whose state was there before and not computed again."""
+
+
 class Usage(_ResponsePart):
     """What the request cost."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Logprobs(_ResponsePart):
@@ -73,6 +81,7 @@ class CompletionWriter:
         self._created = int(time.time())
         self._returns_token_ids = request.return_token_ids or model.tokenizer is None
         self._written_tokens = 0
+        self._cached_tokens = 0
         self._began = False
 
     def whole(self, pieces: Sequence[TextPiece]) -> Completion:
@@ -107,6 +116,7 @@ class CompletionWriter:
             finish_reason=piece.finish_reason,
         )
         self._written_tokens += len(piece.tokens)
+        self._cached_tokens += piece.cached_tokens or 0
         if not self._returns_token_ids:
             return choice
         token_ids: dict[str, list[int]] = {"token_ids": [token.token_id for token in piece.tokens]}
@@ -133,6 +143,7 @@ class CompletionWriter:
             prompt_tokens=len(self._job.prompt),
             completion_tokens=self._written_tokens,
             total_tokens=len(self._job.prompt) + self._written_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens),
         )
 
     def _no_usage_yet(self) -> dict[str, None]:

@@ -22,6 +22,8 @@ class TextPiece:
     offsets: tuple[int, ...]
     """For each token, the characters of the text before it."""
     finish_reason: EndReason | None
+    cached_tokens: int | None
+    """Of the prompt; comes with the first token."""
     timings: Timings | None
 
 
@@ -55,6 +57,7 @@ class CompletionText:
             tokens=event.tokens[: len(offsets)],
             offsets=tuple(offsets),
             finish_reason=reason,
+            cached_tokens=event.cached_tokens,
             timings=event.timings,
         )
 
@@ -79,6 +82,7 @@ def join(pieces: Sequence[TextPiece]) -> TextPiece:
         tokens=tuple(chain.from_iterable(piece.tokens for piece in pieces)),
         offsets=tuple(chain.from_iterable(piece.offsets for piece in pieces)),
         finish_reason=last.finish_reason,
+        cached_tokens=pieces[0].cached_tokens,
         timings=last.timings,
     )
 

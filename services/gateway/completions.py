@@ -19,6 +19,7 @@ from services.gateway.generation import Generation, Generations
 from services.gateway.metrics import GatewayMetrics, Measurement
 from services.gateway.request_body import read_json_body
 from services.gateway.served_model import ServedModel
+from services.gateway.tenant import tenant_of
 from shared.errors import DeadlineExceededError
 from shared.messages import Job, TokenEvent
 from shared.settings import GatewaySettings
@@ -40,6 +41,7 @@ class CompletionsEndpoint:
         self._generations = generations
         self._metrics = metrics
         self._request_timeout = settings.request_timeout
+        self._share_prefixes = settings.share_prefixes
 
     async def create(self, http_request: web.Request) -> web.StreamResponse:
         """Answer one request."""
@@ -59,7 +61,12 @@ class CompletionsEndpoint:
         # A long prompt takes a while to parse and to tokenise: other streams go on meanwhile.
         request = await asyncio.to_thread(parse_completion_request, body)
         job = await asyncio.to_thread(
-            make_job, request, self._model, http_request[REQUEST_ID], self._gateway_id
+            make_job,
+            request,
+            self._model,
+            http_request[REQUEST_ID],
+            self._gateway_id,
+            tenant_of(http_request, share_prefixes=self._share_prefixes),
         )
         return request, job
 

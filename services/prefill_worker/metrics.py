@@ -22,3 +22,14 @@ class PrefillMetrics:
             ["form"],
             registry=registry,
         )
+        self.lookups = Counter(
+            "prfaas_prefix_lookups",
+            "Prompts by whether a cached prefix was found and used, or why not",
+            ["outcome"],
+            registry=registry,
+        )
+        self.cached_tokens = Counter(
+            "prfaas_prefix_cached_tokens",
+            "Prompt tokens whose state was restored from the prefix cache",
+            registry=registry,
+        )

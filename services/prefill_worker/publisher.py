@@ -1,102 +1,84 @@
-"""Turns the parts of a state into segments, and writes them to the store in the order they come."""
-
-import asyncio
-from dataclasses import dataclass
-
-from torch import Tensor
+"""Publishes the state of one attempt: stored, announced to decode, offered to the cache."""
 
 from services.prefill_worker.metrics import PrefillMetrics
-from shared.kimi_linear.snapshot import KdaSnapshot
-from shared.messages import SegmentDescriptor
-from shared.settings import PrefillWorkerSettings
-from shared.state_blob.codecs import codec_named
-from shared.state_blob.prefix_hash import PrefixHasher, root
-from shared.state_blob.segment import (
-    EncodedSegment,
-    SegmentIdentity,
-    encode_latents,
-    encode_snapshot,
-)
-from shared.streams import keys
+from shared.errors import AttemptEndedError
+from shared.messages import SegmentDescriptor, SegmentReady
+from shared.observability.timed import timed
+from shared.state_transfer.prefix_caching import PrefixCaching
+from shared.state_transfer.segment_codecs import SegmentCodecs
+from shared.state_transfer.segment_coding import described
+from shared.state_transfer.state_writer import WrittenSegment
 from shared.streams.job_queue import Attempt
 from shared.streams.state_store import StateStore
 
 
-@dataclass(frozen=True, slots=True)
-class Latents:
-    """MLA latents of the tokens [start, stop): `[mla_layers, stop - start, latent_dim]`."""
-
-    start: int
-    stop: int
-    latents: Tensor
-
-
-StatePart = Latents | KdaSnapshot
-
-
 class StatePublisher:
-    """Publishes the state of one attempt."""
+    """Publishes segments in the order in which they come.
+
+    Args:
+        store: of the region.
+        attempt: whose state it is.
+        caching: None keeps nothing for other requests.
+        codecs: learn from what is published.
+        lease_seconds: for which the state is kept beyond each segment.
+        metrics: count what is published.
+
+    Attributes:
+        announced: what the decode worker was told of, in its order.
+    """
 
     def __init__(
         self,
         store: StateStore,
         attempt: Attempt,
-        fingerprint: str,
-        settings: PrefillWorkerSettings,
+        caching: PrefixCaching | None,
+        codecs: SegmentCodecs,
+        lease_seconds: float,
         metrics: PrefillMetrics,
     ) -> None:
+        self.announced: list[SegmentDescriptor] = []
         self._store = store
         self._attempt = attempt
-        self._fingerprint = fingerprint
-        self._codec = codec_named(settings.codec)
-        self._lease = settings.state_lease
+        self._caching = caching
+        self._codecs = codecs
+        self._lease_seconds = lease_seconds
         self._metrics = metrics
-        self._hasher = PrefixHasher(root(fingerprint))
-        self._hashed = 0
-        self._segments: list[SegmentDescriptor] = []
 
-    async def publish_all(
-        self, parts: asyncio.Queue[StatePart | None]
-    ) -> tuple[SegmentDescriptor, ...]:
-        """Publish parts until None comes; gives what was published."""
-        while (part := await parts.get()) is not None:
-            await self._publish(part)
-        return tuple(self._segments)
+    async def publish(self, written: WrittenSegment) -> None:
+        """Store a segment of this attempt's making, and make it known.
 
-    async def _publish(self, part: StatePart) -> None:
-        request_id, epoch = self._attempt.job.request_id, self._attempt.epoch
-        start, stop = (
-            (part.start, part.stop) if isinstance(part, Latents) else (part.length, part.length)
-        )
-        encoded = await asyncio.to_thread(self._encode, part, self._identity(start, stop))
-        segment = SegmentDescriptor(
-            key=keys.segment(request_id, epoch, len(self._segments)),
-            kind=encoded.kind,
-            start=start,
-            stop=stop,
-            wire_bytes=len(encoded.data),
-            raw_bytes=encoded.raw_bytes,
-            checksum=encoded.checksum,
-        )
-        await self._store.publish(request_id, epoch, segment, encoded.data)
-        await self._store.open_lease(request_id, self._lease)
-        self._segments.append(segment)
+        Raises:
+            StateStoreFullError: the store has no memory left for it.
+            AttemptEndedError: the attempt may not announce anything any more.
+        """
+        request_id, segment = self._attempt.job.request_id, written.segment
+        with timed("segment stored", request=request_id, **described(segment)):
+            await self._store.write(request_id, segment, written.data)
+        if self._is_handed_over(segment):
+            try:
+                await self.announce(segment)
+            except AttemptEndedError:
+                await self._store.discard(request_id, segment)
+                raise
+        await self._store.open_lease(request_id, self._lease_seconds)
+        if self._caching is not None:
+            await self._caching.offer(segment)
+        self._codecs.measured(written)
         self._metrics.state_bytes.labels("raw").inc(segment.raw_bytes)
         self._metrics.state_bytes.labels("wire").inc(segment.wire_bytes)
 
-    def _identity(self, start: int, stop: int) -> SegmentIdentity:
-        self._hasher.update(self._attempt.job.prompt[self._hashed : stop])
-        self._hashed = stop
-        return SegmentIdentity(
-            fingerprint=self._fingerprint,
-            request_id=self._attempt.job.request_id,
-            epoch=self._attempt.epoch,
-            start=start,
-            stop=stop,
-            prefix_hash=self._hasher.digest(),
-        )
+    async def announce(self, segment: SegmentDescriptor) -> None:
+        """Tell the decode worker of a segment that is stored.
 
-    def _encode(self, part: StatePart, identity: SegmentIdentity) -> EncodedSegment:
-        if isinstance(part, Latents):
-            return encode_latents(identity, part.latents, self._codec)
-        return encode_snapshot(identity, part, self._codec)
+        Raises:
+            AttemptEndedError: the attempt may not announce anything any more.
+        """
+        epoch = self._attempt.epoch
+        await self._store.announce(
+            self._attempt.job.request_id, epoch, SegmentReady(epoch=epoch, segment=segment)
+        )
+        self.announced.append(segment)
+
+    def _is_handed_over(self, segment: SegmentDescriptor) -> bool:
+        """Decode continues from the end of the prompt; earlier snapshots are for other requests."""
+        return segment.kind == "mla" or segment.stop == len(self._attempt.job.prompt)

@@ -5,10 +5,10 @@ import sys
 
 import structlog
 
-from shared.settings import ServiceSettings
+from shared.settings import Settings
 
 
-def configure_logging(settings: ServiceSettings, service: str, identity: str) -> None:
+def configure_logging(settings: Settings, service: str, identity: str) -> None:
     """Set up structlog for this process; every line carries the service and its identity."""
     if settings.log_format == "json":
         renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()

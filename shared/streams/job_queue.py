@@ -93,8 +93,18 @@ class JobQueue:
         return JobState(outcome[-1].decode())
 
     async def cancel(self, request_id: str) -> None:
-        """End a job wherever it stands; safe at any time, and when repeated."""
-        await self._script("cancel", request_id, keys.GROUP, ENDED_MILLISECONDS)
+        """End a job wherever it stands; safe at any time, and when repeated.
+
+        What a job that is done has published need not be kept any longer.
+        """
+        await run_script(
+            self._redis,
+            "cancel",
+            [self._stream, keys.job_record(self.name, request_id), keys.STATE_LEASES],
+            keys.GROUP,
+            ENDED_MILLISECONDS,
+            request_id,
+        )
 
     async def backlog(self) -> int:
         """Jobs that have not ended."""
@@ -108,14 +118,19 @@ class JobQueue:
         return [state and JobState(state.decode()) for state in await pipeline.execute()]
 
     async def standing(self, request_id: str) -> tuple[JobState | None, bool]:
-        """State of a job, and whether the worker that began it last shows signs of life."""
+        """State of a job, and whether the worker that began it last shows signs of life.
+
+        The state is None for a job that nobody can begin any more.
+        """
         record = keys.job_record(self.name, request_id)
         fields: Any = await self._redis.hmget(record, ["state", "worker"])
-        state, worker = fields
+        state, worker = (field and field.decode() for field in fields)
+        if state == JobState.QUEUED and not await self._redis.exists(self._stream):
+            return None, False  # Redis has evicted it
         if state is None or worker is None:
-            return state and JobState(state.decode()), False
-        alive = await self._redis.exists(keys.worker_alive_prefix(self.name) + worker.decode())
-        return JobState(state.decode()), bool(alive)
+            return state and JobState(state), False
+        alive = await self._redis.exists(keys.worker_alive_prefix(self.name) + worker)
+        return JobState(state), bool(alive)
 
     async def workers(self) -> list[WorkerRegistration]:
         """The workers that show signs of life."""

@@ -17,6 +17,7 @@ from shared.errors import (
     MessageError,
     PrfaasError,
     SupersededError,
+    first_error,
 )
 from shared.job_state import JobState
 from shared.messages import Job, WorkerRegistration
@@ -275,14 +276,7 @@ async def _unwrapped(work: Awaitable[None]) -> None:
     try:
         await work
     except BaseExceptionGroup as group:
-        raise _first_error(group) from group
-
-
-def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+        raise first_error(group) from group
 
 
 def _absorb_cancellation() -> None:

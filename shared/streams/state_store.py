@@ -36,7 +36,6 @@ from shared.streams.scripts import run_script
 STATE_MILLISECONDS: Final = 2 * 3600 * 1000
 """Time to live of a state's keys, for a region whose kv_store service does not run."""
 
-_SLICE_BYTES: Final = 4 * 2**20
 _ORPHANS_LOOKED_AT: Final = 500
 
 
@@ -78,53 +77,32 @@ class StateStore:
         if verdict != b"ok":
             raise CancelledJobError(f"the request is {verdict.decode()}")
 
-    async def publish(
-        self, request_id: str, epoch: int, segment: SegmentDescriptor, data: bytes
-    ) -> None:
-        """Write a segment, then announce it; a segment that may not be announced is deleted.
+    async def write(self, owner: str, segment: SegmentDescriptor, data: bytes | memoryview) -> None:
+        """Store a segment for an owner, with whose lease it ends.
 
         Raises:
             StateStoreFullError: Redis has no memory left for it.
-            SupersededError, CancelledJobError: as `announce`.
         """
-        index = keys.state_segments(request_id)
+        index = keys.state_segments(owner)
         pipeline = self._redis.pipeline(transaction=True)  # no segment without its index
-        pipeline.hset(index, segment.key, len(data))
+        pipeline.hset(index, segment.key, segment.wire_bytes)
         pipeline.pexpire(index, STATE_MILLISECONDS)
         pipeline.set(segment.key, data, px=STATE_MILLISECONDS)
         try:
             await pipeline.execute()
-            await self.announce(request_id, epoch, SegmentReady(epoch=epoch, segment=segment))
         except OutOfMemoryError:
             raise StateStoreFullError("the KV store has no memory left for a segment") from None
-        except (SupersededError, CancelledJobError):
-            await self._redis.unlink(segment.key)
-            await self._redis.hdel(index, segment.key)
-            raise
+
+    async def discard(self, owner: str, segment: SegmentDescriptor) -> None:
+        """Delete one segment of an owner."""
+        await self._redis.unlink(segment.key)
+        await self._redis.hdel(keys.state_segments(owner), segment.key)
 
     # --- the decode worker -----------------------------------------------------------------
 
     def events(self, request_id: str) -> "PrefillEvents":
         """What the prefill of a request announces, from its beginning."""
         return PrefillEvents(self._redis, request_id)
-
-    async def fetch(self, segment: SegmentDescriptor) -> bytearray:
-        """Pull a segment, in slices, each of which has the time limit of one command.
-
-        Raises:
-            StateLostError: it is gone, or not of the announced size.
-        """
-        size = await self._redis.strlen(segment.key)
-        if size != segment.wire_bytes:
-            raise StateLostError(f"segment has {size} bytes, {segment.wire_bytes} were announced")
-        data = bytearray()
-        while len(data) < size:
-            stop = min(len(data) + _SLICE_BYTES, size)
-            part: Any = await self._redis.getrange(segment.key, len(data), stop - 1)
-            if len(data) + len(part) != stop:
-                raise StateLostError("segment is gone")
-            data += part
-        return data
 
     # --- leases ----------------------------------------------------------------------------
 
@@ -158,8 +136,11 @@ class StateStore:
             keys.STATE_LEASES,
             keys.state_segments(request_id),
             keys.prefill_events(request_id),
+            keys.prefix_pins(request_id),
         ]
-        deleted = await run_script(self._redis, "delete_state", names, request_id, int(keep_leased))
+        deleted = await run_script(
+            self._redis, "delete_state", names, request_id, int(keep_leased), keys.PREFIX_PINNED
+        )
         return int(deleted)
 
     # --- the kv_store service --------------------------------------------------------------

@@ -25,11 +25,11 @@ def prfaas(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 def test_help_lists_the_commands() -> None:
     result = prfaas("--help")
     assert result.returncode == 0
-    for command in ("up", "complete", "doctor", "init-model", "demo"):
+    for command in ("up", "complete", "doctor", "init-model", "demo", "wan"):
         assert f"\n  {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", ["up", "complete", "doctor", "init-model", "demo"])
+@pytest.mark.parametrize("command", ["up", "complete", "doctor", "init-model", "demo", "wan"])
 def test_each_command_has_its_own_help(command: str) -> None:
     result = prfaas(command, "--help")
     assert result.returncode == 0

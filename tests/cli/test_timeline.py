@@ -1,4 +1,4 @@
-from services.cli.completion_stream import CompletionSummary, Usage
+from services.cli.completion_stream import CompletionSummary, PromptTokensDetails, Usage
 from services.cli.timeline import timeline
 from shared.messages import Timings
 
@@ -29,6 +29,13 @@ def test_every_part_has_its_line() -> None:
 def test_a_single_token_has_no_rate() -> None:
     summary = CompletionSummary(1, Usage(prompt_tokens=9, completion_tokens=1), TIMINGS)
     assert "tokens       9 read, 1 written" in timeline(summary).splitlines()
+
+
+def test_cached_tokens_are_named_where_there_are_any() -> None:
+    details = PromptTokensDetails(cached_tokens=4)
+    usage = Usage(prompt_tokens=9, completion_tokens=1, prompt_tokens_details=details)
+    lines = timeline(CompletionSummary(1, usage, TIMINGS)).splitlines()
+    assert "tokens       9 read (4 cached), 1 written" in lines
 
 
 def test_a_state_that_did_not_move_has_no_ratio() -> None:

@@ -51,6 +51,7 @@ class DecodePeer:
         tokens: str | list[Token],
         finish_reason: FinishReason | None = None,
         error: str | None = None,
+        cached_tokens: int | None = None,
     ) -> None:
         """Emit tokens, given as themselves or as their text; timings come with the last."""
         event = TokenEvent(
@@ -59,6 +60,7 @@ class DecodePeer:
             tokens=tuple(tokens_of(tokens) if isinstance(tokens, str) else tokens),
             finish_reason=finish_reason,
             error=error,
+            cached_tokens=cached_tokens,
             timings=TIMINGS if finish_reason in {"stop", "length"} else None,
         )
         assert await self.publisher.emit([Emission(attempt, event)]) == [None]

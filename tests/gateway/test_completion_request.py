@@ -35,7 +35,7 @@ def parse(**fields: Any) -> CompletionRequest:
 
 
 def job_of(served: ServedModel = TEXT_MODEL, **fields: Any) -> Job:
-    return make_job(parse(**fields), served, "r1", "g1")
+    return make_job(parse(**fields), served, "r1", "g1", b"")
 
 
 def refusal_of(served: ServedModel = TEXT_MODEL, **fields: Any) -> InvalidRequestError:
@@ -81,7 +81,7 @@ def test_every_field_arrives_where_it_belongs() -> None:
     assert request.stream
     assert request.stream_options.include_usage
     assert request.return_token_ids
-    job = make_job(request, TEXT_MODEL, "r1", "g1")
+    job = make_job(request, TEXT_MODEL, "r1", "g1", b"")
     assert (job.request_id, job.gateway_id) == ("r1", "g1")
     assert job.prompt == (1, 2, 511)
     assert job.max_tokens == 7
@@ -317,7 +317,7 @@ HOSTILE_BODIES = {
 @pytest.mark.parametrize("body", HOSTILE_BODIES.values(), ids=HOSTILE_BODIES.keys())
 def test_a_hostile_body_is_refused_in_a_few_words(body: bytes) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        make_job(parse_completion_request(body), TEXT_MODEL, "r1", "g1")
+        make_job(parse_completion_request(body), TEXT_MODEL, "r1", "g1", b"")
     assert len(describe(caught.value).model_dump_json()) < 500
     json.dumps(describe(caught.value).model_dump())
 
@@ -325,7 +325,7 @@ def test_a_hostile_body_is_refused_in_a_few_words(body: bytes) -> None:
 def _job_or_refusal(body: bytes) -> Job | InvalidRequestError:
     """Any other outcome would be a 500."""
     try:
-        return make_job(parse_completion_request(body), TEXT_MODEL, "r1", "g1")
+        return make_job(parse_completion_request(body), TEXT_MODEL, "r1", "g1", b"")
     except InvalidRequestError as refusal:
         json.dumps(describe(refusal).model_dump())
         return refusal

@@ -20,7 +20,7 @@ class Answer:
     def __init__(self, *, with_tokenizer: bool = True, **fields: Any) -> None:
         model = ServedModel("m", 0, 512, 100, (), TOKENIZER if with_tokenizer else None)
         request = parse_completion_request(json.dumps({"prompt": [1, 2]} | fields).encode())
-        job = make_job(request, model, "r1", "g1")
+        job = make_job(request, model, "r1", "g1", b"")
         self.text = CompletionText(model.tokenizer, request.stop)
         self.writer = CompletionWriter(request, job, model)
         self.index = 0
@@ -66,7 +66,12 @@ def test_usage_comes_in_a_chunk_of_its_own_and_is_null_before() -> None:
     assert answer.chunk(plain("Hi"), "length")["usage"] is None
     last = json.loads(answer.writer.usage_chunk().json_text())
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert last["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 2,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_token_ids_are_those_of_the_chunk_and_the_prompts_come_once() -> None:

@@ -12,6 +12,7 @@ from shared.messages import Token, TokenEvent, encode
 from shared.streams import keys
 from tests.gateway.conftest import END_TOKEN, StartGateway
 from tests.gateway.decode_peer import TIMINGS, DecodePeer, tokens_of
+from tests.gateway.running_gateway import RunningGateway
 from tests.gateway.test_completion_request import HOSTILE_BODIES
 
 pytestmark = pytest.mark.asyncio
@@ -19,6 +20,47 @@ pytestmark = pytest.mark.asyncio
 
 def texts(events: list[str]) -> list[str]:
     return [json.loads(event)["choices"][0]["text"] for event in events]
+
+
+# --- tenants ---------------------------------------------------------------------------------
+
+
+async def test_each_api_key_is_a_tenant_whatever_the_body_says(
+    start: StartGateway, decoder: DecodePeer
+) -> None:
+    async with start() as gateway:
+        tenants = [
+            await tenant_of_job(gateway, decoder, authorization)
+            for authorization in (None, "Bearer one", "Bearer two", "Bearer one")
+        ]
+        status, _ = await gateway.complete(tenant="other")
+        assert status == 400
+    anonymous, one, two, one_again = tenants
+    assert anonymous == b""
+    assert one == one_again
+    assert len({anonymous, one, two}) == 3
+    assert b"one" not in one
+
+
+async def test_all_requests_are_of_one_tenant_where_prefixes_are_shared(
+    start: StartGateway, decoder: DecodePeer
+) -> None:
+    async with start(share_prefixes=True) as gateway:
+        assert await tenant_of_job(gateway, decoder, "Bearer one") == b""
+
+
+async def tenant_of_job(
+    gateway: RunningGateway, decoder: DecodePeer, authorization: str | None
+) -> bytes:
+    headers = {"Authorization": authorization} if authorization else {}
+    async with asyncio.TaskGroup() as tasks:
+        peer = tasks.create_task(decoder.answer("a"))
+        request = gateway.client.post(
+            f"{gateway.url}/v1/completions", json={"prompt": "Hello"}, headers=headers
+        )
+        async with request as response:
+            assert response.status == 200
+    return (await peer).job.tenant
 
 
 # --- answers ---------------------------------------------------------------------------------
@@ -36,7 +78,12 @@ async def test_a_completion_comes_whole(start: StartGateway, decoder: DecodePeer
         assert answer["choices"] == [
             {"index": 0, "text": " wörld", "logprobs": None, "finish_reason": "stop"}
         ]
-        assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+        assert answer["usage"] == {
+            "prompt_tokens": 5,
+            "completion_tokens": 7,
+            "total_tokens": 12,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
         assert answer["timings"] == TIMINGS.model_dump()
     job = (await peer).job
     assert (job.prompt, job.sampling.seed, job.max_tokens) == (tuple(b"Hello"), 5, 20)
@@ -50,7 +97,7 @@ async def test_a_stream_passes_on_each_batch_of_tokens_as_it_comes(
         taking = tasks.create_task(decoder.take())
 
         async def first_token() -> None:
-            await decoder.emit(await taking, 0, "a")
+            await decoder.emit(await taking, 0, "a", cached_tokens=3)
 
         tasks.create_task(first_token())
         async with gateway.stream(stream_options={"include_usage": True}) as stream:
@@ -66,7 +113,12 @@ async def test_a_stream_passes_on_each_batch_of_tokens_as_it_comes(
             last, usage = map(json.loads, await stream.rest())
     assert (last["choices"][0]["text"], last["choices"][0]["finish_reason"]) == ("e", "length")
     assert last["timings"] == TIMINGS.model_dump()
-    assert usage["usage"] == {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10}
+    assert usage["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 5,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    }
 
 
 async def test_requests_of_one_gateway_do_not_mix(start: StartGateway, decoder: DecodePeer) -> None:

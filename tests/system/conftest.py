@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from services.cli.embedded_valkey import embedded_valkey
 from shared.kimi_linear.presets import write_random_checkpoint
 from tests.polling import eventually
 
-SERVICES = ("gateway", "kv_store", "prefill_worker", "decode_worker")
+SERVICES = ("gateway", "kv_store", "serving_kv_store", "prefill_worker", "decode_worker")
+CODECS = ("--latent-codec", "zstd", "--state-codec", "zstd")
 WORKER_FLAGS = ("--threads", "1", "--heartbeat-ttl", "1.5", "--heartbeat-interval", "0.3")
 
 
@@ -37,9 +38,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@dataclass(frozen=True)
+class RegionUrls:
+    """How one service reaches the Redis of each region."""
+
+    serving: str
+    prefill: str
+
+
 @dataclass
 class System:
-    """Starts, kills and asks the services."""
+    """Starts, kills and asks the services.
+
+    The services reach Redis as the tests do, but those that have URLs of their own.
+    """
 
     redis_url: str
     prefill_redis_url: str
@@ -47,28 +59,27 @@ class System:
     logs: Path
     port: int = field(default_factory=free_port)
     processes: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+    own_urls: Mapping[str, RegionUrls] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def flags(self, service: str) -> list[str]:
-        both_regions = [
-            "--redis-url",
-            self.redis_url,
-            "--prefill-redis-url",
-            self.prefill_redis_url,
-        ]
+        urls = self.own_urls.get(service, RegionUrls(self.redis_url, self.prefill_redis_url))
+        both_regions = ["--redis-url", urls.serving, "--prefill-redis-url", urls.prefill]
         model = ["--model", str(self.model)]
         match service:
             case "gateway":
                 return [*both_regions, *model, "--port", str(self.port), "--ping-interval", "1"]
             case "prefill_worker":
-                return ["--redis-url", self.prefill_redis_url, *model, *WORKER_FLAGS]
+                return ["--redis-url", urls.prefill, *model, *WORKER_FLAGS, *CODECS]
             case "decode_worker":
                 return [*both_regions, *model, *WORKER_FLAGS, "--stall-timeout", "10"]
+            case "serving_kv_store":
+                return ["--redis-url", urls.serving, "--port", "0"]
             case _:
-                return ["--redis-url", self.prefill_redis_url, "--port", "0"]
+                return ["--redis-url", urls.prefill, "--port", "0"]
 
     async def start(self, *services: str, extra: tuple[str, ...] = ()) -> None:
         for service in services:
@@ -76,7 +87,7 @@ class System:
                 self.processes[service] = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
-                    f"services.{service}",
+                    f"services.{service.removeprefix('serving_')}",
                     *self.flags(service),
                     *extra,
                     stdout=log,
@@ -102,10 +113,11 @@ class System:
 
         await eventually(answers, within=60)
 
-    async def complete(self, **body: Any) -> dict[str, Any]:
+    async def complete(self, api_key: str | None = None, /, **body: Any) -> dict[str, Any]:
         """One completion that is not streamed."""
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         async with (
-            aiohttp.ClientSession() as client,
+            aiohttp.ClientSession(headers=headers) as client,
             client.post(f"{self.url}/v1/completions", json=body) as response,
         ):
             answer: dict[str, Any] = await response.json()

@@ -154,6 +154,15 @@ async def test_a_client_that_leaves_stops_the_work_everywhere(system: System) ->
     await nothing_left(system)
 
 
+async def test_a_client_that_leaves_before_decode_begins_leaves_no_state(system: System) -> None:
+    await system.kill("decode_worker")
+    async with connect(system.prefill_redis_url) as redis, streaming(system) as stream:
+        await prefilled(redis, stream)
+    await system.start("decode_worker")
+    await system.ready()
+    await nothing_left(system)
+
+
 async def test_the_work_of_a_killed_gateway_stops(system: System) -> None:
     with pytest.raises((aiohttp.ClientError, AssertionError)):  # noqa: PT012 - cut in the middle
         async with streaming(system, max_tokens=100_000) as stream:
@@ -213,4 +222,4 @@ async def test_every_service_drains_and_ends_well_on_sigterm(system: System) -> 
         )
         await stream.read(at_least=60)
     assert stream.finish_reason == "length", "a running request is let to its end"
-    assert await endings == [0, 0, 0, 0]
+    assert set(await endings) == {0}

@@ -87,6 +87,10 @@ def manifest(length: int, first: Token) -> Manifest:
     segment = SegmentDescriptor(
         key="k",
         kind="kda",
+        producer="r1",
+        epoch=1,
+        layers=1,
+        codec="raw",
         start=length,
         stop=length,
         wire_bytes=1,
