@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from shared.kimi_linear.weights import (
     ModelWeights,
 )
 
-__all__ = ["load_weights"]
+__all__ = ["TensorSource", "assemble_weights", "load_weights"]
 
 
 def load_weights(
@@ -46,7 +47,7 @@ def load_weights(
             found shape.
     """
     with TensorFiles(Path(directory), _Ignored(config), progress) as files:
-        weights = _model(_Checkpoint(files, kernels.loaded_dtype), config, kernels)
+        weights = assemble_weights(_Checkpoint(files, kernels.loaded_dtype), config, kernels)
         files.refuse_unread()
     return weights
 
@@ -54,7 +55,30 @@ def load_weights(
 # --- from names to weights -------------------------------------------------------------------
 
 
-def _model(checkpoint: "_Checkpoint", config: KimiLinearConfig, kernels: Kernels) -> ModelWeights:
+class TensorSource(Protocol):
+    """Gives tensors by their published names."""
+
+    def matrix(self, name: str, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, in the dtype of the source's matrices unless another is given."""
+        ...
+
+    def vector(self, name: str, length: int) -> Tensor:
+        """One tensor of one dimension, in fp32."""
+        ...
+
+    def stacked(self, shapes: dict[str, tuple[int, int]]) -> Tensor:
+        """Several matrices with the same number of columns, one below the other."""
+        ...
+
+
+def assemble_weights(
+    checkpoint: TensorSource, config: KimiLinearConfig, kernels: Kernels
+) -> ModelWeights:
+    """Put the tensors of a model together as its layers use them.
+
+    It is made of differentiable operations, so that what trains a model can put its parameters
+    together with it; and it asks for every tensor of the model once, by name and shape.
+    """
     vocabulary = (config.vocab_size, config.hidden_size)
     embedding = checkpoint.matrix("model.embed_tokens.weight", vocabulary)
     tied = config.tie_word_embeddings
@@ -70,7 +94,7 @@ def _model(checkpoint: "_Checkpoint", config: KimiLinearConfig, kernels: Kernels
 
 
 def _layer(
-    checkpoint: "_Checkpoint", config: KimiLinearConfig, kernels: Kernels, layer: int
+    checkpoint: TensorSource, config: KimiLinearConfig, kernels: Kernels, layer: int
 ) -> LayerWeights:
     prefix = f"model.layers.{layer}"
     hidden = config.hidden_size
@@ -88,7 +112,7 @@ def _layer(
 
 
 def _kda(
-    checkpoint: "_Checkpoint", config: KimiLinearConfig, kernels: Kernels, prefix: str
+    checkpoint: TensorSource, config: KimiLinearConfig, kernels: Kernels, prefix: str
 ) -> KdaWeights:
     hidden, linear = config.hidden_size, config.linear_attn_config
     heads, rank, taps = linear.num_heads, linear.head_dim, linear.short_conv_kernel_size
@@ -119,7 +143,7 @@ def _kda(
 
 
 def _mla(
-    checkpoint: "_Checkpoint", config: KimiLinearConfig, kernels: Kernels, prefix: str
+    checkpoint: TensorSource, config: KimiLinearConfig, kernels: Kernels, prefix: str
 ) -> MlaWeights:
     hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -142,7 +166,7 @@ def _mla(
 
 
 def _dense(
-    checkpoint: "_Checkpoint", kernels: Kernels, prefix: str, hidden: int, width: int
+    checkpoint: TensorSource, kernels: Kernels, prefix: str, hidden: int, width: int
 ) -> DenseWeights:
     return DenseWeights(
         gate_and_up=kernels.linear(
@@ -158,7 +182,7 @@ def _dense(
 
 
 def _mixture(
-    checkpoint: "_Checkpoint", config: KimiLinearConfig, kernels: Kernels, prefix: str
+    checkpoint: TensorSource, config: KimiLinearConfig, kernels: Kernels, prefix: str
 ) -> MixtureWeights:
     hidden, experts, width = config.hidden_size, config.num_experts, config.moe_intermediate_size
     names = [f"{prefix}.experts.{expert}" for expert in range(experts)]

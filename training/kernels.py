@@ -1,0 +1,242 @@
+"""The engine's operations in a form that autograd can go through: nothing is written in place.
+
+All requests of a batch begin with it and have the same number of tokens, so states are neither read
+nor written. Each of these is tested against `shared.kernels.reference`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shared.kernels.batch import Batch
+from shared.kernels.cpu.experts import GroupedExperts
+from shared.kernels.cpu.linear import PlainLinear
+from shared.kernels.dispatch import Kernels
+from shared.kernels.linear import Experts
+
+CHUNK: Final = 32
+"""Tokens between two updates of the recurrent state; sequences have a multiple of it."""
+MOST_DECAY: Final = 80.0
+"""Of log decays: the exponentials of half of it, squared, are within fp32."""
+
+
+def training_kernels(observe_choices: Callable[[Tensor], None]) -> Kernels:
+    """Kernels for autograd, fp32.
+
+    Args:
+        observe_choices: told the experts that were chosen, `[T, k]`, by each mixture in turn.
+    """
+
+    def experts(gate_and_up: Tensor, down: Tensor) -> Experts:
+        return _ObservedExperts(gate_and_up, down, observe_choices)
+
+    return Kernels(
+        loaded_dtype=torch.float32,
+        activation_dtype=torch.float32,
+        state_dtype="float32",
+        linear=PlainLinear,
+        experts=experts,
+        convolution=short_convolution,
+        kda=kda,
+        latent_attention=latent_attention,
+        rms_norm=rms_norm,
+        gated_rms_norm=gated_rms_norm,
+        l2_normalize=l2_normalize,
+    )
+
+
+class _ObservedExperts:
+    """Experts that tell which of them were chosen."""
+
+    def __init__(
+        self, gate_and_up: Tensor, down: Tensor, observe_choices: Callable[[Tensor], None]
+    ) -> None:
+        self._experts = GroupedExperts[Tensor](
+            [PlainLinear(weight) for weight in gate_and_up],
+            [PlainLinear(weight) for weight in down],
+            prepare=lambda x: x,
+        )
+        self._observe_choices = observe_choices
+
+    def __call__(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
+        """See `Experts`."""
+        self._observe_choices(experts)
+        return self._experts(x, experts, shares)
+
+
+# --- normalisations --------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`cpu.normalization.rms_norm`."""
+    return functional.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`cpu.normalization.gated_rms_norm`."""
+    return rms_norm(x, weight, epsilon) * torch.sigmoid(gate)
+
+
+def l2_normalize(x: Tensor, epsilon: float) -> Tensor:
+    """`cpu.normalization.l2_normalize`."""
+    return x * (x.square().sum(dim=-1, keepdim=True) + epsilon).rsqrt()
+
+
+# --- operations over time --------------------------------------------------------------------
+
+
+def short_convolution(x: Tensor, weight: Tensor, states: Tensor, batch: Batch) -> Tensor:
+    """`cpu.convolution.short_convolution` from empty states."""
+    del states
+    sequences = x.view(_sequences(batch), -1, x.shape[-1])
+    taps, tokens = weight.shape[0] - 1, sequences.shape[1]
+    padded = functional.pad(sequences, (0, 0, taps, 0))
+    output = padded[:, taps:] * weight[taps]
+    for tap in range(taps):
+        output = torch.addcmul(output, padded[:, tap : tap + tokens], weight[tap])
+    return output.flatten(0, 1)
+
+
+def latent_attention(  # noqa: PLR0917 - the kernels' own signature
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latents: Tensor,
+    key_value_up: Tensor,
+    scale: float,
+    batch: Batch,
+) -> Tensor:
+    """`cpu.mla.latent_attention`, with every key and value expanded."""
+    sequences, heads = _sequences(batch), q_nope.shape[1]
+    nope, rank = q_nope.shape[-1], key_value_up.shape[-1]
+    own = latents[batch.latent_rows]  # a copy: the pool is written again by the next layer
+    expanded = functional.linear(own[:, :rank], key_value_up.flatten(0, 1))
+    keys_values = expanded.view(own.shape[0], heads, -1)
+    shared = own[:, rank:].unsqueeze(1).expand(-1, heads, -1)
+    queries = torch.cat((q_nope, q_rope), dim=-1)
+    keys = torch.cat((keys_values[..., :nope], shared), dim=-1)
+    attended = functional.scaled_dot_product_attention(
+        *(_by_sequence(x, sequences) for x in (queries, keys, keys_values[..., nope:])),
+        is_causal=True,
+        scale=scale,
+    )
+    return attended.transpose(1, 2).flatten(0, 1)
+
+
+def _by_sequence(x: Tensor, sequences: int) -> Tensor:
+    """`[T, H, D]` to `[R, H, T / R, D]`."""
+    return x.reshape(sequences, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def kda(  # noqa: PLR0917 - the kernels' own signature
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, batch: Batch
+) -> Tensor:
+    """`cpu.kda.kda` from empty states; the equations are told there."""
+    del states
+    sequences, channels = _sequences(batch), q.shape[-1]
+    q, k, v, g, beta = (_by_chunk(x, sequences) for x in (q, k, v, g, beta.unsqueeze(-1)))
+    total = g.cumsum(dim=-2)
+    last = total[..., -1:, :]
+    of_keys, of_queries = _decayed_products(torch.stack((k, q)), k, total)
+    grown = total.exp()
+    solved = torch.linalg.solve_triangular(
+        beta * of_keys,
+        beta * torch.cat((v, k * grown), dim=-1),
+        upper=False,
+        unitriangular=True,
+    )
+    values, keys = solved.split((v.shape[-1], channels), dim=-1)
+    to_end = k * (last - total).exp()
+    output = _carry_state(values, keys, q * grown, of_queries, to_end, last.exp())
+    by_token = output.view(output.shape[0], sequences, -1, *output.shape[2:])
+    scaled = by_token.permute(1, 0, 3, 2, 4) * channels**-0.5
+    return scaled.reshape(-1, *scaled.shape[3:])
+
+
+def _by_chunk(x: Tensor, sequences: int) -> Tensor:
+    """`[T, H, D]` to `[chunks, R * H, chunk, D]`."""
+    heads, channels = x.shape[1:]
+    by_sequence = x.view(sequences, -1, CHUNK, heads, channels)
+    return by_sequence.permute(1, 0, 3, 2, 4).reshape(-1, sequences * heads, CHUNK, channels)
+
+
+def _decayed_products(rows: Tensor, keys: Tensor, total: Tensor) -> Sequence[Tensor]:
+    """Products of the tokens of a chunk with those before, decayed over what lies between.
+
+    Inside blocks that are short enough for it, the decay is divided at their middle, and what is
+    above the diagonal is dropped. Then neighbouring blocks are joined: rows of the second carry the
+    decay from its start, keys of the first the decay to its end, neither of which can overflow.
+
+    Args:
+        rows: k and q, `[2, chunks, N, chunk, K]`.
+        keys: `[chunks, N, chunk, K]`.
+        total: G, running sums of log decays, of the same shape.
+
+    Returns:
+        A and B, `[chunks, N, chunk, chunk]`, zero above the diagonal.
+    """
+    size = _block_size(total)
+    rows, keys, total = (x.unflatten(-2, (-1, size)) for x in (rows, keys, total))
+    middle = total[..., size // 2, :].unsqueeze(-2)
+    products = (rows * (total - middle).exp()) @ (keys * (middle - total).exp()).mT
+    products = products.tril()
+    while size < CHUNK:
+        first_keys, _ = _pairs(keys)
+        first_total, second_total = _pairs(total)
+        _, second_rows = _pairs(rows)
+        border = first_total[..., -1:, :]
+        carried = second_rows * (second_total - border).exp()
+        between = carried @ (first_keys * (border - first_total).exp()).mT
+        products = _join(*_pairs(products), between)
+        rows, keys, total = (x.flatten(-3, -2).unflatten(-2, (-1, 2 * size)) for x in (rows, keys, total))
+        size *= 2
+    return products.squeeze(-3).unbind()
+
+
+def _block_size(total: Tensor) -> int:
+    """The largest blocks in which no exponential of half a block's decay overflows a product."""
+    strongest = -float(total.detach().diff(dim=-2).amin())
+    size = CHUNK
+    while size > 1 and size * strongest > MOST_DECAY:
+        size //= 2
+    return size
+
+
+def _join(upper: Tensor, lower: Tensor, between: Tensor) -> Tensor:
+    """Blocks on the diagonal and what is left of the lower one, to a block of twice the size."""
+    top = torch.cat((upper, torch.zeros_like(between)), dim=-1)
+    return torch.cat((top, torch.cat((between, lower), dim=-1)), dim=-2)
+
+
+def _pairs(blocks: Tensor) -> Sequence[Tensor]:
+    """The first and the second of each two neighbouring blocks `[..., blocks, size, D]`."""
+    return blocks.unflatten(-3, (-1, 2)).unbind(-3)
+
+
+def _carry_state(  # noqa: PLR0917 - the terms of one recurrence
+    values: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    of_queries: Tensor,
+    keys_to_end: Tensor,
+    decay: Tensor,
+) -> Tensor:
+    """The part that runs from chunk to chunk, `[chunks, N, chunk, V]`; values and keys solved."""
+    state = values.new_zeros(values.shape[1], keys.shape[-1], values.shape[-1])
+    terms = (values, keys, queries, of_queries, keys_to_end.mT, decay.mT)
+    outputs = []
+    for value, key, query, of_query, to_end, kept in zip(*terms, strict=True):
+        updates = torch.baddbmm(value, key, state, alpha=-1)
+        outputs.append(torch.baddbmm(torch.bmm(query, state), of_query, updates))
+        state = torch.baddbmm(state * kept, to_end, updates)
+    return torch.stack(outputs)
+
+
+def _sequences(batch: Batch) -> int:
+    """R; they all have the same number of tokens, and none before."""
+    lengths = {part.tokens for part in batch.parts}
+    if len(lengths) != 1 or lengths.pop() % CHUNK or any(part.seen for part in batch.parts):
+        raise ValueError(f"sequences have to be of one length, a multiple of {CHUNK}, from 0 on")
+    return len(batch.parts)

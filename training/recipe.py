@@ -1,0 +1,114 @@
+"""What is trained and how: every number of the recipe."""
+
+from dataclasses import dataclass, field, replace
+from typing import Final, Self
+
+from shared.kimi_linear.config import KimiLinearConfig
+from training.tokenizer import SPECIAL_TOKENS
+
+VOCABULARY: Final = 3072
+_FIRST_SPECIAL: Final = VOCABULARY - len(SPECIAL_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Steps from one on, with sequences of one length.
+
+    Attributes:
+        first_step: counted from 0.
+        length: tokens of a sequence.
+        facts: hidden in a recall text, all of which are asked for.
+    """
+
+    first_step: int
+    length: int
+    facts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A training run.
+
+    The data of a step depends on the step alone, and the learning rate falls at the end only, so a
+    run may be cut short: give it fewer steps before its last `decay_steps` begin.
+    """
+
+    config: KimiLinearConfig
+    phases: tuple[Phase, ...]
+    step_tokens: int
+    steps: int
+    warmup_steps: int
+    decay_steps: int
+    learning_rate: float
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    largest_gradient: float = 1.0
+    """Norm to which a larger gradient is scaled."""
+    balance_rate: float = 2e-3
+    """By how much an expert's choice bias is changed after each step."""
+    recall_every: int = 3
+    """One sequence in so many is a recall text, the others are text as it is."""
+    shares: dict[str, float] = field(
+        default_factory=lambda: {"bible": 0.45, "wordnet": 0.45, "jargon": 0.1}
+    )
+    """Of each work in the text, whatever its size."""
+    seed: int = 0
+
+    def phase(self, step: int) -> Phase:
+        """The one that a step belongs to."""
+        return next(phase for phase in reversed(self.phases) if phase.first_step <= step)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Warm-up, a plateau, then a line to zero: it reaches zero after the last step."""
+        warmed = min(1.0, (step + 1) / self.warmup_steps)
+        left = min(1.0, (self.steps - step) / (self.decay_steps + 1))
+        return self.learning_rate * warmed * left
+
+    def shortened(self, steps: int) -> Self:
+        """The same run with another number of steps."""
+        return replace(self, steps=steps)
+
+
+TINY: Final = Recipe(
+    config=KimiLinearConfig.model_validate(
+        {
+            "model_type": "kimi_linear",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 128,
+            "num_hidden_layers": 8,
+            "rms_norm_eps": 1e-5,
+            "model_max_length": 131072,
+            "eos_token_id": (_FIRST_SPECIAL + 1, _FIRST_SPECIAL + 2),
+            "linear_attn_config": {
+                "full_attn_layers": (4, 8),
+                "kda_layers": (1, 2, 3, 5, 6, 7),
+                "head_dim": 32,
+                "num_heads": 4,
+                "short_conv_kernel_size": 4,
+            },
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 24,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 32,
+            "mla_use_nope": True,
+            "intermediate_size": 384,
+            "first_k_dense_replace": 1,
+            "num_experts": 16,
+            "num_experts_per_token": 2,
+            "num_shared_experts": 1,
+            "moe_intermediate_size": 128,
+            "moe_renormalize": True,
+            "moe_router_activation_func": "sigmoid",
+            "routed_scaling_factor": 1.0,
+        }
+    ),
+    phases=(Phase(0, 256, 4), Phase(600, 512, 8), Phase(1400, 1024, 12)),
+    step_tokens=4096,
+    steps=2200,
+    warmup_steps=60,
+    decay_steps=500,
+    learning_rate=3e-3,
+)
+"""The model that ships with the project."""

@@ -1,0 +1,160 @@
+"""One run of a recipe: forward, backward, step, checkpoint, and on from there."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shared.kernels.batch import CPU, Batch
+from shared.kimi_linear.config import KimiLinearConfig
+from shared.kimi_linear.model import KimiLinear
+from shared.kimi_linear.state_pool import StatePool
+from training.batches import TrainingBatch
+from training.kernels import training_kernels
+from training.parameters import CHOICE_BIAS, Parameters, initial_parameters, weights_of
+from training.recall import ASKED
+from training.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a step found, before it changed the model."""
+
+    text_loss: float
+    """Nats a token of the sequences that are text."""
+    recall_loss: float
+    """Nats a token that answers a question."""
+    recall_accuracy: float
+    """Part of these tokens that the model found likeliest."""
+    gradient: float
+    """Norm."""
+    least_used: float
+    """Choices of the least chosen expert of any layer, as a part of an even share."""
+
+
+class ExpertTally:
+    """Counts how often each expert of each mixture was chosen in a forward pass."""
+
+    def __init__(self, experts: int) -> None:
+        self._experts = experts
+        self.counts: list[Tensor] = []
+
+    def __call__(self, chosen: Tensor) -> None:
+        """Count the choices `[T, k]` of the next mixture."""
+        self.counts.append(chosen.flatten().bincount(minlength=self._experts))
+
+
+def forward(
+    parameters: Mapping[str, Tensor], config: KimiLinearConfig, inputs: Tensor, tally: ExpertTally
+) -> Tensor:
+    """Logits after every token of R sequences `[R, T]`: `[R * T, vocabulary]`, differentiable."""
+    rows, length = inputs.shape
+    pool = StatePool(config.state_layout("float32"), rows, inputs.numel(), CPU)
+    batch = Batch.pack([length] * rows, [0] * rows, [pool.place(length) for _ in range(rows)])
+    kernels = training_kernels(tally)
+    model = KimiLinear(weights_of(parameters, config, kernels), config, kernels)
+    return model.logits(model(inputs.flatten(), pool, batch))
+
+
+class Trainer:
+    """A model in training.
+
+    Attributes:
+        parameters: by published name.
+        step: the next one, counted from 0.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.parameters: Parameters = initial_parameters(recipe.config, recipe.seed)
+        self.step = 0
+        self._choice_biases = [
+            tensor for name, tensor in self.parameters.items() if name.endswith(CHOICE_BIAS)
+        ]
+        learned = {n: p for n, p in self.parameters.items() if not n.endswith(CHOICE_BIAS)}
+        for parameter in learned.values():
+            parameter.requires_grad_()
+        self._learned = list(learned.values())
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for n, p in learned.items() if _decays(n, p)]},
+                {
+                    "params": [p for n, p in learned.items() if not _decays(n, p)],
+                    "weight_decay": 0.0,
+                },
+            ],
+            betas=recipe.betas,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+
+    def train(self, batch: TrainingBatch) -> StepReport:
+        """Take the next step on a batch."""
+        tally = ExpertTally(self.recipe.config.num_experts)
+        logits = forward(self.parameters, self.recipe.config, batch.inputs, tally)
+        losses = functional.cross_entropy(logits, batch.targets.flatten(), reduction="none")
+        weights = batch.weights.flatten()
+        loss = (losses * weights).sum() / weights.sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradient = torch.nn.utils.clip_grad_norm_(self._learned, self.recipe.largest_gradient)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate_at(self.step)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._balance(tally)
+        self.step += 1
+        return _report(batch, logits.detach(), losses.detach(), float(gradient), tally)
+
+    def save(self, path: Path) -> None:
+        """Write all that `restore` needs; a file is there whole or not at all."""
+        beside = path.with_suffix(".partial")
+        torch.save(
+            {
+                "step": self.step,
+                "parameters": {n: p.detach() for n, p in self.parameters.items()},
+                "optimizer": self._optimizer.state_dict(),
+            },
+            beside,
+        )
+        os.replace(beside, path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from where `save` was called."""
+        saved: dict[str, Any] = torch.load(path, weights_only=True)
+        self.step = saved["step"]
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(saved["parameters"][name])
+        self._optimizer.load_state_dict(saved["optimizer"])
+
+    def _balance(self, tally: ExpertTally) -> None:
+        """Favour experts that were chosen too seldom, without a loss (arXiv 2408.15664)."""
+        for bias, counts in zip(self._choice_biases, tally.counts, strict=True):
+            shortage = counts.float().mean() - counts
+            bias.add_(shortage.sign(), alpha=self.recipe.balance_rate)
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices that multiply activations."""
+    return parameter.dim() == 2 and "conv1d" not in name and "embed" not in name
+
+
+def _report(
+    batch: TrainingBatch, logits: Tensor, losses: Tensor, gradient: float, tally: ExpertTally
+) -> StepReport:
+    is_text = (~batch.is_recall).repeat_interleave(batch.inputs.shape[1])
+    is_answer = batch.weights.flatten() == ASKED
+    is_found = logits[is_answer].argmax(dim=-1) == batch.targets.flatten()[is_answer]
+    least = min(float(counts.min() / counts.float().mean()) for counts in tally.counts)
+    return StepReport(
+        text_loss=float(losses[is_text].mean()),
+        recall_loss=float(losses[is_answer].mean()),
+        recall_accuracy=float(is_found.float().mean()),
+        gradient=gradient,
+        least_used=least,
+    )
