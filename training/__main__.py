@@ -45,6 +45,8 @@ LOG_FILE: Final = "log.jsonl"
 SAVE_EVERY: Final = 50
 MEASURE_EVERY: Final = 100
 """Steps."""
+MEMORY_KEPT: Final = 2**31 - 1
+"""Bytes: a step frees, and the next one needs, well over a gigabyte."""
 
 
 def prepare(directory: Path) -> None:
@@ -57,11 +59,11 @@ def prepare(directory: Path) -> None:
     write_tokenizer(directory, ranks)
 
 
-def run(directory: Path, steps: int, threads: int) -> None:
+def run(directory: Path, steps: int) -> None:
     """Train from the checkpoint on, or from the start where there is none."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # each shard has a thread of its own
     torch.use_deterministic_algorithms(True)
-    keep_freed_memory()
+    keep_freed_memory(MEMORY_KEPT)
     tokenizer = TiktokenTokenizer.from_directory(directory, VOCABULARY)
     works = tokenized(read_documents(directory / TRAIN_FILE), tokenizer)
     held_out = tokenized(read_documents(directory / HELD_OUT_FILE), tokenizer)
@@ -112,13 +114,12 @@ def main() -> None:
     for name in ("prepare", "run", "export"):
         commands.add_parser(name).add_argument("directory", type=Path)
     commands.choices["run"].add_argument("--steps", type=int, default=TINY.steps)
-    commands.choices["run"].add_argument("--threads", type=int, default=2)
     commands.choices["export"].add_argument("model", type=Path)
     given = parser.parse_args()
     if given.command == "prepare":
         prepare(given.directory)
     elif given.command == "run":
-        run(given.directory, given.steps, given.threads)
+        run(given.directory, given.steps)
     else:
         export(given.directory, given.model)
 

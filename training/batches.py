@@ -38,6 +38,11 @@ class TrainingBatch:
     weights: Tensor
     is_recall: Tensor
 
+    def shards(self, count: int) -> "list[TrainingBatch]":
+        """Divide the sequences among `count` batches."""
+        parts = (x.chunk(count) for x in (self.inputs, self.targets, self.weights, self.is_recall))
+        return [TrainingBatch(*tensors) for tensors in zip(*parts, strict=True)]
+
 
 def tokenized(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, Tokens]:
     """The documents of each work one after the other, each with an end of text behind it."""

@@ -1,7 +1,8 @@
 """One run of a recipe: forward, backward, step, checkpoint, and on from there."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class Trainer:
         self.recipe = recipe
         self.parameters: Parameters = initial_parameters(recipe.config, recipe.seed)
         self.step = 0
+        self._pool = ThreadPoolExecutor(recipe.shards)
         self._choice_biases = [
             tensor for name, tensor in self.parameters.items() if name.endswith(CHOICE_BIAS)
         ]
@@ -95,20 +97,35 @@ class Trainer:
 
     def train(self, batch: TrainingBatch) -> StepReport:
         """Take the next step on a batch."""
-        tally = ExpertTally(self.recipe.config.num_experts)
-        logits = forward(self.parameters, self.recipe.config, batch.inputs, tally)
-        losses = functional.cross_entropy(logits, batch.targets.flatten(), reduction="none")
-        weights = batch.weights.flatten()
-        loss = (losses * weights).sum() / weights.sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        shards = batch.shards(self.recipe.shards)
+        total = float(batch.weights.sum())
+        passes = list(self._pool.map(lambda shard: self._pass(shard, total), shards))
+        for n, parameter in enumerate(self._learned):
+            parameter.grad = passes[0].gradients[n]
+            for other in passes[1:]:
+                parameter.grad.add_(other.gradients[n])
         gradient = torch.nn.utils.clip_grad_norm_(self._learned, self.recipe.largest_gradient)
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate_at(self.step)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._balance(tally)
+        counts = [sum(each) for each in zip(*(done.tally.counts for done in passes), strict=True)]
+        self._balance(counts)
         self.step += 1
-        return _report(batch, logits.detach(), losses.detach(), float(gradient), tally)
+        losses = torch.cat([done.losses for done in passes])
+        is_found = torch.cat([done.is_found for done in passes])
+        return _report(batch, losses, is_found, float(gradient), counts)
+
+    def _pass(self, shard: TrainingBatch, total_weight: float) -> "_Pass":
+        """Forward and backward over a part of a batch."""
+        tally = ExpertTally(self.recipe.config.num_experts)
+        logits = forward(self.parameters, self.recipe.config, shard.inputs, tally)
+        targets = shard.targets.flatten()
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        loss = (losses * shard.weights.flatten()).sum() / total_weight
+        gradients = torch.autograd.grad(loss, self._learned)
+        is_found = logits.detach().argmax(dim=-1) == targets
+        return _Pass(gradients, losses.detach(), is_found, tally)
 
     def save(self, path: Path) -> None:
         """Write all that `restore` needs; a file is there whole or not at all."""
@@ -132,10 +149,10 @@ class Trainer:
                 parameter.copy_(saved["parameters"][name])
         self._optimizer.load_state_dict(saved["optimizer"])
 
-    def _balance(self, tally: ExpertTally) -> None:
+    def _balance(self, counts: Sequence[Tensor]) -> None:
         """Favour experts that were chosen too seldom, without a loss (arXiv 2408.15664)."""
-        for bias, counts in zip(self._choice_biases, tally.counts, strict=True):
-            shortage = counts.float().mean() - counts
+        for bias, of_layer in zip(self._choice_biases, counts, strict=True):
+            shortage = of_layer.float().mean() - of_layer
             bias.add_(shortage.sign(), alpha=self.recipe.balance_rate)
 
 
@@ -145,16 +162,29 @@ def _decays(name: str, parameter: Tensor) -> bool:
 
 
 def _report(
-    batch: TrainingBatch, logits: Tensor, losses: Tensor, gradient: float, tally: ExpertTally
+    batch: TrainingBatch,
+    losses: Tensor,
+    is_found: Tensor,
+    gradient: float,
+    counts: Sequence[Tensor],
 ) -> StepReport:
     is_text = (~batch.is_recall).repeat_interleave(batch.inputs.shape[1])
     is_answer = batch.weights.flatten() == ASKED
-    is_found = logits[is_answer].argmax(dim=-1) == batch.targets.flatten()[is_answer]
-    least = min(float(counts.min() / counts.float().mean()) for counts in tally.counts)
+    least = min(float(of_layer.min() / of_layer.float().mean()) for of_layer in counts)
     return StepReport(
         text_loss=float(losses[is_text].mean()),
         recall_loss=float(losses[is_answer].mean()),
-        recall_accuracy=float(is_found.float().mean()),
+        recall_accuracy=float(is_found[is_answer].float().mean()),
         gradient=gradient,
         least_used=least,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What a shard of a batch gave: gradients, and by token its loss and whether it was found."""
+
+    gradients: tuple[Tensor, ...]
+    losses: Tensor
+    is_found: Tensor
+    tally: ExpertTally

@@ -6,13 +6,13 @@ from typing import Final
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-_KEPT_BYTES: Final = 256 * 2**20
+KEPT_BYTES: Final = 256 * 2**20
 _LARGEST_BLOCK: Final = 32 * 2**20
 """The most that glibc allows."""
 
 
-def keep_freed_memory() -> None:
-    """Give back what is free now, and from now on keep up to 256 MiB of what is freed.
+def keep_freed_memory(kept_bytes: int = KEPT_BYTES) -> None:
+    """Give back what is free now, and from now on keep up to `kept_bytes` of what is freed.
 
     Every operation allocates its result. glibc asks the system anew for each large one, which then
     clears it page by page: measured, a tenth of the time of a prefill. Other C libraries are left
@@ -22,4 +22,4 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, kept_bytes)
