@@ -13,6 +13,7 @@ COPY constraints.txt /source/
 RUN /opt/prfaas/bin/pip install --constraint /source/constraints.txt \
         ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} torch
 COPY pyproject.toml README.md LICENSE /source/
+COPY models /source/models
 COPY services /source/services
 COPY shared /source/shared
 RUN /opt/prfaas/bin/pip install --constraint /source/constraints.txt /source

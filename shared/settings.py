@@ -270,7 +270,7 @@ class UpSettings(EngineSettings):
         None, repr=False, description="Redis or Valkey to use; an embedded Valkey if unset"
     )
     model: Path | None = Field(
-        None, description="checkpoint directory; a tiny model of random weights if unset"
+        None, description="checkpoint directory; the small model that ships with it if unset"
     )
     host: str = Field("127.0.0.1", description="address the gateway listens on")
     port: Port = Field(8000, description="port the gateway listens on; 0 takes a free one")

@@ -100,7 +100,7 @@ def short_convolution(x: Tensor, weight: Tensor, states: Tensor, batch: Batch) -
     return output.flatten(0, 1)
 
 
-def latent_attention(  # noqa: PLR0917 - the kernels' own signature
+def latent_attention(
     q_nope: Tensor,
     q_rope: Tensor,
     latents: Tensor,
@@ -118,7 +118,9 @@ def latent_attention(  # noqa: PLR0917 - the kernels' own signature
     queries = torch.cat((q_nope, q_rope), dim=-1)
     keys = torch.cat((keys_values[..., :nope], shared), dim=-1)
     attended = functional.scaled_dot_product_attention(
-        *(_by_sequence(x, sequences) for x in (queries, keys, keys_values[..., nope:])),
+        _by_sequence(queries, sequences),
+        _by_sequence(keys, sequences),
+        _by_sequence(keys_values[..., nope:], sequences),
         is_causal=True,
         scale=scale,
     )
@@ -130,7 +132,7 @@ def _by_sequence(x: Tensor, sequences: int) -> Tensor:
     return x.reshape(sequences, -1, *x.shape[1:]).transpose(1, 2)
 
 
-def kda(  # noqa: PLR0917 - the kernels' own signature
+def kda(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, batch: Batch
 ) -> Tensor:
     """`cpu.kda.kda` from empty states; the equations are told there."""
@@ -151,7 +153,7 @@ def kda(  # noqa: PLR0917 - the kernels' own signature
     to_end = k * (last - total).exp()
     output = _carry_state(values, keys, q * grown, of_queries, to_end, last.exp())
     by_token = output.view(output.shape[0], sequences, -1, *output.shape[2:])
-    scaled = by_token.permute(1, 0, 3, 2, 4) * channels**-0.5
+    scaled: Tensor = by_token.permute(1, 0, 3, 2, 4) * channels**-0.5
     return scaled.reshape(-1, *scaled.shape[3:])
 
 
@@ -178,19 +180,19 @@ def _decayed_products(rows: Tensor, keys: Tensor, total: Tensor) -> Sequence[Ten
         A and B, `[chunks, N, chunk, chunk]`, zero above the diagonal.
     """
     size = _block_size(total)
-    rows, keys, total = (x.unflatten(-2, (-1, size)) for x in (rows, keys, total))
-    middle = total[..., size // 2, :].unsqueeze(-2)
-    products = (rows * (total - middle).exp()) @ (keys * (middle - total).exp()).mT
+    row_blocks, key_blocks, totals = (_blocks(x, size) for x in (rows, keys, total))
+    middle = totals[..., size // 2, :].unsqueeze(-2)
+    products = (row_blocks * (totals - middle).exp()) @ (key_blocks * (middle - totals).exp()).mT
     products = products.tril()
     while size < CHUNK:
-        first_keys, _ = _pairs(keys)
-        first_total, second_total = _pairs(total)
-        _, second_rows = _pairs(rows)
+        first_keys, _ = _pairs(keys, size)
+        first_total, second_total = _pairs(total, size)
+        _, second_rows = _pairs(rows, size)
         border = first_total[..., -1:, :]
         carried = second_rows * (second_total - border).exp()
         between = carried @ (first_keys * (border - first_total).exp()).mT
-        products = _join(*_pairs(products), between)
-        rows, keys, total = (x.flatten(-3, -2).unflatten(-2, (-1, 2 * size)) for x in (rows, keys, total))
+        upper, lower = _pairs(products.flatten(-3, -2), size)
+        products = _join(upper, lower, between)
         size *= 2
     return products.squeeze(-3).unbind()
 
@@ -210,12 +212,17 @@ def _join(upper: Tensor, lower: Tensor, between: Tensor) -> Tensor:
     return torch.cat((top, torch.cat((between, lower), dim=-1)), dim=-2)
 
 
-def _pairs(blocks: Tensor) -> Sequence[Tensor]:
-    """The first and the second of each two neighbouring blocks `[..., blocks, size, D]`."""
-    return blocks.unflatten(-3, (-1, 2)).unbind(-3)
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """`[..., tokens, D]` to `[..., blocks, size, D]`."""
+    return x.reshape(*x.shape[:-2], -1, size, x.shape[-1])
 
 
-def _carry_state(  # noqa: PLR0917 - the terms of one recurrence
+def _pairs(x: Tensor, size: int) -> Sequence[Tensor]:
+    """The first and the second of each two neighbouring blocks: `[..., pairs, size, D]`."""
+    return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1]).unbind(-3)
+
+
+def _carry_state(
     values: Tensor,
     keys: Tensor,
     queries: Tensor,

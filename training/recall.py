@@ -11,17 +11,19 @@ from typing import Final, Self
 from shared.kimi_linear.chat_template import ChatMessage, ChatTemplate
 from shared.kimi_linear.tokenizer.interface import Tokenizer
 
-KEYS: Final = tuple(
+_KEYS: Final = (
     "river mountain city house field king priest woman child servant horse ship sword gate altar "
     "camp tree court school door wall land island coast market church bank mouth hand heart eye "
     "foot head body brother father mother wife captain judge writer author friend daughter animal "
-    "machine road bed".split()
+    "machine road bed"
 )
-VALUES: Final = tuple(
+_VALUES: Final = (
     "gold silver iron stone glass wood water fire wine oil bread salt milk meat fruit corn seed "
     "cloud wind sun star night morning red blue black white yellow green three four five seven ten "
-    "twenty hundred thousand paper book fish bone blood flesh metal rock earth light leaves".split()
+    "twenty hundred thousand paper book fish bone blood flesh metal rock earth light leaves"
 )
+KEYS: Final = tuple(_KEYS.split())
+VALUES: Final = tuple(_VALUES.split())
 """Words that the tokenizer has as one token each, where a space is before them."""
 
 UNSCORED: Final = 0.0

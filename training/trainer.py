@@ -84,14 +84,10 @@ class Trainer:
         self._learned = list(learned.values())
         self._optimizer = torch.optim.AdamW(
             [
-                {"params": [p for n, p in learned.items() if _decays(n, p)]},
-                {
-                    "params": [p for n, p in learned.items() if not _decays(n, p)],
-                    "weight_decay": 0.0,
-                },
+                _group(learned, decays=True, weight_decay=recipe.weight_decay),
+                _group(learned, decays=False, weight_decay=0.0),
             ],
             betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
             fused=True,
         )
 
@@ -154,6 +150,11 @@ class Trainer:
         for bias, of_layer in zip(self._choice_biases, counts, strict=True):
             shortage = of_layer.float().mean() - of_layer
             bias.add_(shortage.sign(), alpha=self.recipe.balance_rate)
+
+
+def _group(learned: Parameters, *, decays: bool, weight_decay: float) -> dict[str, Any]:
+    chosen = [tensor for name, tensor in learned.items() if _decays(name, tensor) is decays]
+    return {"params": chosen, "weight_decay": weight_decay}
 
 
 def _decays(name: str, parameter: Tensor) -> bool:

@@ -25,8 +25,6 @@ def run(arguments: list[str]) -> int:
 async def _demonstrate(settings: UpSettings) -> None:
     async with running_system(settings) as url:
         say(f"ready: {url}\n")
-        if settings.model is None:
-            say("The weights are random: what comes is no language, but it comes the whole way.\n")
         say(f"> {_PROMPT}")
         await show_completion(
             CompletionOptions(url, _PROMPT, max_tokens=64, temperature=0.8, seed=7)

@@ -9,6 +9,7 @@ from typing import Final
 
 import aiohttp
 
+import models
 from services.cli.console import say
 from services.cli.embedded_valkey import socket_url, valkey_command, wait_for_ping
 from services.cli.errors import CommandError
@@ -19,7 +20,6 @@ from services.cli.supervisor import Program, Supervisor, supervision
 from services.cli.system_plan import SystemPlan, SystemPlanner
 from services.cli.workspace import temporary_workspace
 from shared.kimi_linear.config import KimiLinearConfig
-from shared.kimi_linear.presets import write_random_checkpoint
 from shared.settings import UpSettings, load_settings
 
 _REDIS_SECONDS: Final = 10.0
@@ -50,7 +50,7 @@ async def running_system(settings: UpSettings) -> AsyncIterator[str]:
     """
     check_port(settings.host, settings.port)
     with temporary_workspace() as workspace:
-        model = settings.model or _write_model(workspace.directory)
+        model = settings.model or models.TINY
         KimiLinearConfig.from_directory(model)
         async with (
             supervision(
@@ -69,12 +69,6 @@ async def running_system(settings: UpSettings) -> AsyncIterator[str]:
                 await running.enter_async_context(supervisor.running(*programs))
             await _wait_until_ready(plan, supervisor, settings.ready_timeout)
             yield plan.gateway.url
-
-
-def _write_model(directory: Path) -> Path:
-    model = directory / "tiny"
-    write_random_checkpoint(model, "tiny")
-    return model
 
 
 def _valkey_program(directory: Path, settings: UpSettings) -> Program:

@@ -1,0 +1,102 @@
+"""Quality is scored by what the model says, and a lossless move changes none of it."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from benchmarks.quality import (
+    ANSWER_TOKENS,
+    bits_of,
+    by_export,
+    greedy,
+    loop_in,
+    questions,
+    recall,
+    xz_bits,
+)
+from shared.kimi_linear.engine import Engine, Room
+from shared.kimi_linear.request_state import RequestState
+from shared.kimi_linear.tokenizer.tiktoken_format import TiktokenTokenizer
+from training.corpus import Document
+from training.parameters import export_checkpoint, initial_parameters
+from training.recipe import Recipe
+from training.tokenizer import EOS
+
+
+@pytest.fixture(scope="module")
+def engine(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    directory = tmp_path_factory.mktemp("model")
+    export_checkpoint(directory, initial_parameters(recipe.config, seed=1), recipe.config)
+    return Engine.load(directory, "float32", threads=1, room=Room(slots=4, tokens=8192))
+
+
+def forget(source: RequestState, target: RequestState) -> None:
+    """A move that loses what the recurrent states hold."""
+    target.import_latents(source.export_latents(0, source.length))
+    snapshot = source.snapshot()
+    snapshot.recurrent.zero_()
+    target.import_snapshot(snapshot)
+
+
+def test_bits_are_those_of_every_token_after_an_end_of_text(
+    engine: Engine, tokenizer: TiktokenTokenizer, documents: list[Document]
+) -> None:
+    document = documents[0]
+    tokens = [tokenizer.special_tokens[EOS], *tokenizer.encode(document.text)]
+    with engine.new_state(len(tokens)) as state:
+        logits = engine.prefill_all_logits(tokens[:-1], state)
+    nats = functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="sum")
+    assert bits_of(engine, tokenizer, [document])["bible"] == pytest.approx(
+        float(nats) / math.log(2)
+    )
+
+
+def test_a_hand_over_changes_no_bits_and_a_lossy_move_does(
+    engine: Engine, tokenizer: TiktokenTokenizer, documents: list[Document]
+) -> None:
+    kept = bits_of(engine, tokenizer, documents[:2])["bible"]
+    assert bits_of(engine, tokenizer, documents[:2], by_export)["bible"] == pytest.approx(
+        kept, rel=1e-6
+    )
+    assert bits_of(engine, tokenizer, documents[:2], forget)["bible"] != pytest.approx(
+        kept, rel=1e-6
+    )
+
+
+def test_questions_have_their_length_and_the_same_texts_every_time(
+    tokenizer: TiktokenTokenizer,
+) -> None:
+    filler = tokenizer.encode("the waters of the earth. " * 400)
+    asked = list(questions(tokenizer, filler, 600, 5))
+    assert asked == list(questions(tokenizer, filler, 600, 5))
+    assert {len(question.prompt) for question in asked} == {600}
+    for question in asked:
+        statement = tokenizer.decode(question.answer)
+        assert statement in tokenizer.decode(question.prompt)
+
+
+def test_recall_counts_exact_answers(engine: Engine, tokenizer: TiktokenTokenizer) -> None:
+    filler = tokenizer.encode("the waters of the earth. " * 400)
+    wrong = next(questions(tokenizer, filler, 600, 1))
+    said = greedy(engine, wrong.prompt, 6)
+    right = type(wrong)(wrong.prompt, tuple(said))
+    assert recall(engine, [wrong, right]) == 0.5
+    assert recall(engine, [wrong, right], by_export) == 0.5
+    assert len(wrong.answer) <= ANSWER_TOKENS + 40
+
+
+def test_a_loop_is_a_piece_that_comes_three_times_in_a_row() -> None:
+    assert loop_in([1, 2, 3, 4] * 3) == (1, 2, 3, 4)
+    assert loop_in([7] * 12) == (7,)
+    assert loop_in([7] * 11) is None
+    assert loop_in([9, 8, *[1, 2, 3, 4, 5] * 3, 6]) == (1, 2, 3, 4, 5)
+    assert loop_in([1, 2, 3, 4] * 2) is None
+    assert loop_in(list(range(100))) is None
+
+
+def test_xz_finds_held_out_text_in_the_training_text() -> None:
+    text = Path(__file__).read_bytes()
+    assert xz_bits(text, text) < xz_bits(b"other", text) / 5

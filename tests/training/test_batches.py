@@ -1,0 +1,94 @@
+"""The data of a step depends on the recipe and the step alone."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from shared.kimi_linear.chat_template import ChatMessage, ChatTemplate
+from shared.kimi_linear.tokenizer.tiktoken_format import TiktokenTokenizer
+from training.batches import Batches, tokenized
+from training.corpus import Document
+from training.recall import ASKED, UNSCORED, RecallTexts, draw_facts
+from training.recipe import TINY, Recipe
+
+
+def test_a_step_has_the_same_data_however_it_is_reached(
+    recipe: Recipe, documents: list[Document], tokenizer: TiktokenTokenizer
+) -> None:
+    works = tokenized(documents, tokenizer)
+    shorter = Batches(recipe.shortened(5), works, tokenizer)
+    longer = Batches(recipe, works, tokenizer)
+    for step in (4, 0):
+        one, other = shorter.batch(step), longer.batch(step)
+        assert torch.equal(one.inputs, other.inputs)
+        assert torch.equal(one.weights, other.weights)
+
+
+def test_steps_and_sequences_differ(batches: Batches) -> None:
+    rows = [tuple(row) for step in range(4) for row in batches.batch(step).inputs.tolist()]
+    assert len(set(rows)) == len(rows)
+
+
+def test_sequences_have_the_length_of_their_phase(batches: Batches, recipe: Recipe) -> None:
+    assert batches.batch(3).inputs.shape == (2, 512)
+    assert batches.batch(4).inputs.shape == (1, 1024)
+
+
+def test_a_target_is_the_next_input(batches: Batches) -> None:
+    batch = batches.batch(1)
+    assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+
+
+def test_the_learning_rate_falls_to_zero_after_the_last_step_whatever_the_steps() -> None:
+    for steps in (800, 3000):
+        recipe = replace(TINY, steps=steps, decay_steps=200)
+        assert recipe.learning_rate_at(steps - 201) == pytest.approx(recipe.learning_rate)
+        assert 0 < recipe.learning_rate_at(steps - 1) < recipe.learning_rate / 100
+        assert recipe.learning_rate_at(steps) == 0
+
+
+@pytest.mark.parametrize("length", [400, 1000])
+def test_a_recall_text_says_its_facts_once_and_asks_for_them_after(
+    tokenizer: TiktokenTokenizer, length: int
+) -> None:
+    facts = draw_facts(random.Random(3), 3)
+    asked = facts[::-1]
+    filler = tokenizer.encode("the waters of the earth. " * length)
+    chat = RecallTexts(tokenizer).chat(facts, asked, filler, length)
+    text = tokenizer.decode(chat.ids)
+    assert len(chat.ids) == len(chat.weights) == length
+    said = text.index(facts[-1].statement)
+    for fact in facts:
+        assert text.count(fact.statement) == 2
+        assert text.index(fact.statement) <= said < text.index(fact.question)
+        assert text.index(fact.question) < text.rindex(fact.statement)
+    scored = [i for i, weight in zip(chat.ids, chat.weights, strict=True) if weight == ASKED]
+    assert tokenizer.decode(scored) == "".join(f" {fact.value}" for fact in asked)
+    assert UNSCORED in chat.weights
+
+
+def test_a_recall_prompt_is_what_the_chat_template_makes_of_it(
+    tokenizer: TiktokenTokenizer,
+) -> None:
+    facts = draw_facts(random.Random(4), 2)
+    filler = tokenizer.encode("the waters of the earth. " * 100)
+    prompt = RecallTexts(tokenizer).prompt(facts, facts[1], filler, 300)
+    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    text = "".join(names.get(i) or tokenizer.decode([i]) for i in prompt)
+    user = text[text.index("<|im_user|>user<|im_middle|>") :].split("<|im_end|>")[0]
+    content = user.removeprefix("<|im_user|>user<|im_middle|>")
+    rendered = ChatTemplate.of(tokenizer).render(
+        [ChatMessage("user", content)], add_generation_prompt=True
+    )
+    assert tokenizer.decode(rendered) == tokenizer.decode(prompt)
+    special = set(names)
+    assert [i for i in rendered if i in special] == [i for i in prompt if i in special]
+    assert len(prompt) == 300
+
+
+def test_facts_that_do_not_fit_are_refused(tokenizer: TiktokenTokenizer) -> None:
+    facts = draw_facts(random.Random(5), 4)
+    with pytest.raises(ValueError, match="more than 100"):
+        RecallTexts(tokenizer).chat(facts, facts, [0] * 100, 100)

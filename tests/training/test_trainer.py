@@ -1,0 +1,78 @@
+"""Training learns, resumes exactly, and trains the very model that the engine runs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from shared.kimi_linear.engine import Engine, Room
+from tests.model.tolerances import SAME_MODEL_LOGITS
+from training.batches import Batches
+from training.parameters import Parameters, export_checkpoint
+from training.recipe import Recipe
+from training.trainer import ExpertTally, Trainer, forward
+
+
+def rounded(parameters: Parameters) -> Parameters:
+    """Parameters that bf16 holds exactly."""
+    return {name: p.detach().bfloat16().float() for name, p in parameters.items()}
+
+
+def test_the_logits_in_training_are_those_of_the_engine_on_the_exported_checkpoint(
+    recipe: Recipe, batches: Batches, tmp_path: Path
+) -> None:
+    trainer = Trainer(recipe)
+    for _ in range(2):
+        trainer.train(batches.batch(trainer.step))
+    parameters = rounded(trainer.parameters)
+    export_checkpoint(tmp_path, parameters, recipe.config)
+    inputs = batches.batch(0).inputs[:2]
+    with torch.no_grad():
+        trained = forward(parameters, recipe.config, inputs, ExpertTally(4))
+    engine = Engine.load(tmp_path, "float32", room=Room(slots=1, tokens=1024))
+    for row, logits in zip(inputs.tolist(), torch.split(trained, inputs.shape[1]), strict=True):
+        with engine.new_state(len(row)) as state:
+            found = engine.prefill_all_logits(row, state)
+        torch.testing.assert_close(found, logits, atol=SAME_MODEL_LOGITS, rtol=0)
+
+
+def test_one_batch_is_learned_by_heart(recipe: Recipe, batches: Batches) -> None:
+    overfitted = replace(recipe, steps=1000, learning_rate=1e-2, weight_decay=0.0)
+    trainer, batch = Trainer(overfitted), batches.batch(0)
+    first = trainer.train(batch)
+    for _ in range(70):
+        last = trainer.train(batch)
+    assert first.text_loss > 5
+    assert last.text_loss < 0.25
+    assert last.recall_accuracy == 1
+
+
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
+    recipe: Recipe, batches: Batches, tmp_path: Path
+) -> None:
+    whole = Trainer(recipe)
+    while whole.step < 6:
+        whole.train(batches.batch(whole.step))
+    begun = Trainer(recipe)
+    while begun.step < 3:
+        begun.train(batches.batch(begun.step))
+    begun.save(tmp_path / "checkpoint.pt")
+    resumed = Trainer(replace(recipe, seed=99))  # Everything comes from the file.
+    resumed.restore(tmp_path / "checkpoint.pt")
+    assert resumed.step == 3
+    while resumed.step < 6:
+        resumed.train(batches.batch(resumed.step))
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(resumed.parameters[name], parameter), name
+
+
+def test_experts_that_are_chosen_too_seldom_gain(recipe: Recipe, batches: Batches) -> None:
+    trainer = Trainer(recipe)
+    trainer.train(batches.batch(0))
+    biases = [p for name, p in trainer.parameters.items() if name.endswith("correction_bias")]
+    assert len(biases) == 2
+    for bias in biases:
+        assert set(bias.tolist()) <= {
+            torch.tensor(sign * recipe.balance_rate).item() for sign in (-1, 0, 1)
+        }
+        assert bias.abs().sum() > 0
