@@ -30,17 +30,23 @@ class TrainingBatch:
         inputs: `[R, T]`, int64.
         targets: `[R, T]`, the token after each.
         weights: `[R, T]`, what the prediction of each target counts.
+        is_answer: `[R, T]`, whether the target answers a question.
         is_recall: `[R]`.
     """
 
     inputs: Tensor
     targets: Tensor
     weights: Tensor
+    is_answer: Tensor
     is_recall: Tensor
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.inputs, self.targets, self.weights, self.is_answer, self.is_recall
 
     def shards(self, count: int) -> "list[TrainingBatch]":
         """Divide the sequences among `count` batches."""
-        parts = (x.chunk(count) for x in (self.inputs, self.targets, self.weights, self.is_recall))
+        parts = (x.chunk(count) for x in self._tensors)
         return [TrainingBatch(*tensors) for tensors in zip(*parts, strict=True)]
 
 
@@ -78,7 +84,7 @@ class Batches:
         facts = draw_facts(source, phase.facts)
         asked = source.sample(facts, len(facts))
         write = self._recall.chat if source.random() < 0.7 else self._recall.plain
-        return write(facts, asked, text, length), True
+        return write(facts, asked, text, length, phase.answer_weight), True
 
     def _text(self, number: int, source: random.Random, length: int) -> list[int]:
         """A window of one work; windows of successive numbers cover the works evenly."""
@@ -94,5 +100,6 @@ class Batches:
             inputs=ids[:, :-1],
             targets=ids[:, 1:],
             weights=weights[:, 1:],
+            is_answer=weights[:, 1:] > 1,
             is_recall=torch.tensor([is_recall for _, is_recall in sequences]),
         )

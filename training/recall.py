@@ -28,8 +28,6 @@ VALUES: Final = tuple(_VALUES.split())
 
 UNSCORED: Final = 0.0
 """Weight of a token that nothing before it can tell."""
-ASKED: Final = 10.0
-"""Weight of the word that answers a question; other tokens have 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +101,12 @@ class RecallTexts:
         """From the end of an answer to where the next question begins."""
 
     def chat(
-        self, facts: Sequence[Fact], asked: Sequence[Fact], filler: Sequence[int], length: int
+        self,
+        facts: Sequence[Fact],
+        asked: Sequence[Fact],
+        filler: Sequence[int],
+        length: int,
+        answer_weight: float,
     ) -> WeightedTokens:
         """A chat: the text with its facts, and questions with their answers.
 
@@ -112,6 +115,7 @@ class RecallTexts:
             asked: the facts that are asked for.
             filler: tokens of any text, at least `length`.
             length: of all, in tokens.
+            answer_weight: of the words that answer; other tokens have 1, or `UNSCORED`.
 
         Raises:
             ValueError: the facts and questions leave no room for a text.
@@ -121,18 +125,23 @@ class RecallTexts:
             tail.add(self._next_question if n else self._tokenizer.encode("\n"))
             tail.extend(self._bound(fact.question, fact, of_key=UNSCORED))
             tail.add(self._answer_opening)
-            tail.extend(self._bound(fact.statement, fact, of_value=ASKED))
+            tail.extend(self._bound(fact.statement, fact, of_value=answer_weight))
         tail.add((self._template.end_id,))
         return self._fill(self._opening, facts, filler, tail, length)
 
     def plain(
-        self, facts: Sequence[Fact], asked: Sequence[Fact], filler: Sequence[int], length: int
+        self,
+        facts: Sequence[Fact],
+        asked: Sequence[Fact],
+        filler: Sequence[int],
+        length: int,
+        answer_weight: float,
     ) -> WeightedTokens:
         """The text with its facts, and after it the facts that are `asked`, said once more."""
         tail = WeightedTokens.none()
         for fact in asked:
             tail.add(self._tokenizer.encode("\n"))
-            tail.extend(self._bound(fact.statement, fact, of_key=UNSCORED, of_value=ASKED))
+            tail.extend(self._bound(fact.statement, fact, of_key=UNSCORED, of_value=answer_weight))
         return self._fill((), facts, filler, tail, length)
 
     def prompt(

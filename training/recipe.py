@@ -18,11 +18,13 @@ class Phase:
         first_step: counted from 0.
         length: tokens of a sequence.
         facts: hidden in a recall text, all of which are asked for.
+        answer_weight: of the word that answers, in the loss; other tokens count 1.
     """
 
     first_step: int
     length: int
     facts: int
+    answer_weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,12 @@ TINY: Final = Recipe(
             "routed_scaling_factor": 1.0,
         }
     ),
-    phases=(Phase(0, 256, 4), Phase(500, 512, 8), Phase(1200, 1024, 12)),
+    phases=(
+        Phase(0, 256, 4, answer_weight=10),
+        Phase(200, 256, 4, answer_weight=40),
+        Phase(500, 512, 8, answer_weight=40),
+        Phase(1000, 1024, 12, answer_weight=40),
+    ),
     step_tokens=4096,
     steps=3000,
     warmup_steps=60,

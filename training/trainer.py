@@ -18,7 +18,6 @@ from shared.kimi_linear.state_pool import StatePool
 from training.batches import TrainingBatch
 from training.kernels import training_kernels
 from training.parameters import CHOICE_BIAS, Parameters, initial_parameters, weights_of
-from training.recall import ASKED
 from training.recipe import Recipe
 
 
@@ -170,7 +169,7 @@ def _report(
     counts: Sequence[Tensor],
 ) -> StepReport:
     is_text = (~batch.is_recall).repeat_interleave(batch.inputs.shape[1])
-    is_answer = batch.weights.flatten() == ASKED
+    is_answer = batch.is_answer.flatten()
     least = min(float(of_layer.min() / of_layer.float().mean()) for of_layer in counts)
     return StepReport(
         text_loss=float(losses[is_text].mean()),

@@ -71,7 +71,7 @@ def recipe() -> Recipe:
             "moe_intermediate_size": 16,
         }
     )
-    phases = (Phase(0, 512, 2), Phase(4, 1024, 3))
+    phases = (Phase(0, 512, 2, answer_weight=10), Phase(4, 1024, 3, answer_weight=10))
     return replace(
         TINY,
         config=config,

@@ -10,7 +10,7 @@ from shared.kimi_linear.chat_template import ChatMessage, ChatTemplate
 from shared.kimi_linear.tokenizer.tiktoken_format import TiktokenTokenizer
 from training.batches import Batches, tokenized
 from training.corpus import Document
-from training.recall import ASKED, UNSCORED, RecallTexts, draw_facts
+from training.recall import UNSCORED, RecallTexts, draw_facts
 from training.recipe import TINY, Recipe
 
 
@@ -56,7 +56,7 @@ def test_a_recall_text_says_its_facts_once_and_asks_for_them_after(
     facts = draw_facts(random.Random(3), 3)
     asked = facts[::-1]
     filler = tokenizer.encode("the waters of the earth. " * length)
-    chat = RecallTexts(tokenizer).chat(facts, asked, filler, length)
+    chat = RecallTexts(tokenizer).chat(facts, asked, filler, length, 7)
     text = tokenizer.decode(chat.ids)
     assert len(chat.ids) == len(chat.weights) == length
     said = text.index(facts[-1].statement)
@@ -64,7 +64,7 @@ def test_a_recall_text_says_its_facts_once_and_asks_for_them_after(
         assert text.count(fact.statement) == 2
         assert text.index(fact.statement) <= said < text.index(fact.question)
         assert text.index(fact.question) < text.rindex(fact.statement)
-    scored = [i for i, weight in zip(chat.ids, chat.weights, strict=True) if weight == ASKED]
+    scored = [i for i, weight in zip(chat.ids, chat.weights, strict=True) if weight == 7]
     assert tokenizer.decode(scored) == "".join(f" {fact.value}" for fact in asked)
     assert UNSCORED in chat.weights
 
@@ -91,4 +91,4 @@ def test_a_recall_prompt_is_what_the_chat_template_makes_of_it(
 def test_facts_that_do_not_fit_are_refused(tokenizer: TiktokenTokenizer) -> None:
     facts = draw_facts(random.Random(5), 4)
     with pytest.raises(ValueError, match="more than 100"):
-        RecallTexts(tokenizer).chat(facts, facts, [0] * 100, 100)
+        RecallTexts(tokenizer).chat(facts, facts, [0] * 100, 100, 7)
