@@ -81,6 +81,8 @@ class Batches:
         text = self._text(number, source, length)
         if number % self._recipe.recall_every:
             return WeightedTokens(text, [1.0] * length), False
+        if phase.drills:
+            return self._recall.drill(source, phase.facts, length, phase.answer_weight), True
         facts = draw_facts(source, phase.facts)
         asked = source.sample(facts, len(facts))
         write = self._recall.chat if source.random() < 0.7 else self._recall.plain

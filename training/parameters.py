@@ -23,6 +23,10 @@ CHOICE_BIAS: Final = "e_score_correction_bias"
 EMBEDDING_SCALE: Final = 0.1
 OUTPUTS: Final = ("o_proj.weight", "down_proj.weight", "w2.weight")
 """Matrices that add to the residual: the more layers do, the smaller they begin."""
+OTHER_TAPS_SCALE: Final = 0.1
+"""Of the taps that a head that looks up begins without."""
+SLOWEST_DECAY: Final = 5e-4
+"""A token, of a head that looks up; its fastest channel forgets ten times as fast."""
 KEPT_WIDE: Final = ("A_log", "dt_bias", CHOICE_BIAS)
 """Written in fp32, as the published checkpoint has them: they decide, and are few."""
 
@@ -96,7 +100,34 @@ def initial_parameters(config: KimiLinearConfig, seed: int) -> Parameters:
     drawn = _Initialisation(config, seed)
     with torch.no_grad():
         assemble_weights(drawn, config, kernels_for("cpu", "float32"))
+        for layer, kind in enumerate(config.layer_kinds):
+            if kind == "kda":
+                _begin_with_induction(drawn.parameters, f"model.layers.{layer}.self_attn", config)
     return drawn.parameters
+
+
+def _begin_with_induction(parameters: Parameters, prefix: str, config: KimiLinearConfig) -> None:
+    """Let all heads of a KDA layer but the last begin as ones that look up what came before.
+
+    Head n keys each token with the one n + 1 places before it and asks with the one n places back,
+    in the same space, so that from the first step on it finds what followed the same token then. It
+    forgets slowly. Without this, thousands of steps pass before any head does it.
+    """
+    linear = config.linear_attn_config
+    heads, last_tap = linear.num_heads, linear.short_conv_kernel_size - 1
+    looking = min(heads - 1, last_tap)
+    parameters[f"{prefix}.k_proj.weight"].copy_(parameters[f"{prefix}.q_proj.weight"])
+    for name, back in (("q", 0), ("k", 1), ("v", None)):
+        weight = parameters[f"{prefix}.{name}_conv1d.weight"].view(heads, linear.head_dim, -1)
+        for head in range(looking):
+            weight[head] *= OTHER_TAPS_SCALE
+            weight[head, :, last_tap - (0 if back is None else head + back)] += 1
+    rates = parameters[f"{prefix}.A_log"]
+    rates[:looking] = 0
+    steps = torch.exp(
+        torch.linspace(math.log(SLOWEST_DECAY), math.log(10 * SLOWEST_DECAY), linear.head_dim)
+    )
+    parameters[f"{prefix}.dt_bias"].view(heads, -1)[:looking] = steps.expm1().log()
 
 
 def weights_of(

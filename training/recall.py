@@ -144,6 +144,22 @@ class RecallTexts:
             tail.extend(self._bound(fact.statement, fact, of_key=UNSCORED, of_value=answer_weight))
         return self._fill((), facts, filler, tail, length)
 
+    def drill(
+        self, random_source: random.Random, count: int, length: int, answer_weight: float
+    ) -> WeightedTokens:
+        """Facts without a text: some said, then said again in another order, and so on."""
+        tokens = WeightedTokens.none()
+        while len(tokens.ids) < length:
+            facts = draw_facts(random_source, count)
+            for fact in facts:
+                tokens.extend(self._said(fact))
+            for fact in random_source.sample(facts, count):
+                tokens.extend(
+                    self._bound(fact.statement, fact, of_key=UNSCORED, of_value=answer_weight)
+                )
+                tokens.add(self._tokenizer.encode("\n"))
+        return WeightedTokens(tokens.ids[:length], tokens.weights[:length])
+
     def prompt(
         self, facts: Sequence[Fact], asked: Fact, filler: Sequence[int], length: int
     ) -> list[int]:

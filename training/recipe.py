@@ -19,12 +19,14 @@ class Phase:
         length: tokens of a sequence.
         facts: hidden in a recall text, all of which are asked for.
         answer_weight: of the word that answers, in the loss; other tokens count 1.
+        drills: whether recall texts are nothing but facts, each said again soon after.
     """
 
     first_step: int
     length: int
     facts: int
     answer_weight: float
+    drills: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,12 @@ class Recipe:
     steps: int
     warmup_steps: int
     decay_steps: int
-    learning_rate: float
-    weight_decay: float = 0.1
+    matrix_learning_rate: float = 0.02
+    """Of Muon, for the matrices between embedding and head."""
+    matrix_momentum: float = 0.95
+    matrix_weight_decay: float = 0.02
+    learning_rate: float = 3e-3
+    """Of AdamW, for everything else."""
     betas: tuple[float, float] = (0.9, 0.95)
     largest_gradient: float = 1.0
     """Norm to which a larger gradient is scaled."""
@@ -51,7 +57,7 @@ class Recipe:
     recall_every: int = 3
     """One sequence in so many is a recall text, the others are text as it is."""
     shares: dict[str, float] = field(
-        default_factory=lambda: {"bible": 0.45, "wordnet": 0.45, "jargon": 0.1}
+        default_factory=lambda: {"bible": 0.35, "wordnet": 0.55, "jargon": 0.1}
     )
     """Of each work in the text, whatever its size."""
     shards: int = 2
@@ -63,11 +69,14 @@ class Recipe:
         """The one that a step belongs to."""
         return next(phase for phase in reversed(self.phases) if phase.first_step <= step)
 
-    def learning_rate_at(self, step: int) -> float:
-        """Warm-up, a plateau, then a line to zero: it reaches zero after the last step."""
+    def pace(self, step: int) -> float:
+        """The part of the learning rates that holds at a step.
+
+        Warm-up, a plateau, then a line to zero, which is reached after the last step.
+        """
         warmed = min(1.0, (step + 1) / self.warmup_steps)
         left = min(1.0, (self.steps - step) / (self.decay_steps + 1))
-        return self.learning_rate * warmed * left
+        return warmed * left
 
     def shortened(self, steps: int) -> Self:
         """The same run with another number of steps."""
@@ -110,15 +119,14 @@ TINY: Final = Recipe(
         }
     ),
     phases=(
-        Phase(0, 256, 4, answer_weight=10),
-        Phase(200, 256, 4, answer_weight=40),
-        Phase(500, 512, 8, answer_weight=40),
-        Phase(1000, 1024, 12, answer_weight=40),
+        Phase(0, 256, 3, answer_weight=10, drills=True),
+        Phase(120, 256, 4, answer_weight=20),
+        Phase(280, 512, 8, answer_weight=20),
+        Phase(480, 1024, 12, answer_weight=20),
     ),
     step_tokens=4096,
-    steps=3000,
-    warmup_steps=60,
-    decay_steps=700,
-    learning_rate=3e-3,
+    steps=1500,
+    warmup_steps=30,
+    decay_steps=350,
 )
 """The model that ships with the project."""

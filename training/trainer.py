@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from shared.kimi_linear.model import KimiLinear
 from shared.kimi_linear.state_pool import StatePool
 from training.batches import TrainingBatch
 from training.kernels import training_kernels
+from training.muon import Muon
 from training.parameters import CHOICE_BIAS, Parameters, initial_parameters, weights_of
 from training.recipe import Recipe
 
@@ -81,12 +82,15 @@ class Trainer:
         for parameter in learned.values():
             parameter.requires_grad_()
         self._learned = list(learned.values())
-        self._optimizer = torch.optim.AdamW(
-            [
-                _group(learned, decays=True, weight_decay=recipe.weight_decay),
-                _group(learned, decays=False, weight_decay=0.0),
-            ],
+        self._muon = Muon(
+            (tensor for name, tensor in learned.items() if _is_for_muon(name, tensor)),
+            momentum=recipe.matrix_momentum,
+            weight_decay=recipe.matrix_weight_decay,
+        )
+        self._adamw = torch.optim.AdamW(
+            [tensor for name, tensor in learned.items() if not _is_for_muon(name, tensor)],
             betas=recipe.betas,
+            weight_decay=0.0,
             fused=True,
         )
 
@@ -100,10 +104,7 @@ class Trainer:
             for other in passes[1:]:
                 parameter.grad.add_(other.gradients[n])
         gradient = torch.nn.utils.clip_grad_norm_(self._learned, self.recipe.largest_gradient)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate_at(self.step)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._move()
         counts = [sum(each) for each in zip(*(done.tally.counts for done in passes), strict=True)]
         self._balance(counts)
         self.step += 1
@@ -122,6 +123,16 @@ class Trainer:
         is_found = logits.detach().argmax(dim=-1) == targets
         return _Pass(gradients, losses.detach(), is_found, tally)
 
+    def _move(self) -> None:
+        """Change the parameters by their gradients, which are dropped."""
+        pace = self.recipe.pace(self.step)
+        self._muon.step(pace * self.recipe.matrix_learning_rate)
+        for group in self._adamw.param_groups:
+            group["lr"] = pace * self.recipe.learning_rate
+        self._adamw.step()
+        for parameter in self._learned:
+            parameter.grad = None
+
     def save(self, path: Path) -> None:
         """Write all that `restore` needs; a file is there whole or not at all."""
         beside = path.with_suffix(".partial")
@@ -129,7 +140,8 @@ class Trainer:
             {
                 "step": self.step,
                 "parameters": {n: p.detach() for n, p in self.parameters.items()},
-                "optimizer": self._optimizer.state_dict(),
+                "momenta": self._muon.momenta,
+                "adamw": self._adamw.state_dict(),
             },
             beside,
         )
@@ -142,7 +154,8 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved["parameters"][name])
-        self._optimizer.load_state_dict(saved["optimizer"])
+        self._muon.momenta = saved["momenta"]
+        self._adamw.load_state_dict(saved["adamw"])
 
     def _balance(self, counts: Sequence[Tensor]) -> None:
         """Favour experts that were chosen too seldom, without a loss (arXiv 2408.15664)."""
@@ -151,14 +164,12 @@ class Trainer:
             bias.add_(shortage.sign(), alpha=self.recipe.balance_rate)
 
 
-def _group(learned: Parameters, *, decays: bool, weight_decay: float) -> dict[str, Any]:
-    chosen = [tensor for name, tensor in learned.items() if _decays(name, tensor) is decays]
-    return {"params": chosen, "weight_decay": weight_decay}
+_NOT_FOR_MUON: Final = ("embed_tokens", "lm_head", "conv1d", "block_sparse_moe.gate", ".b_proj")
+"""Tables of tokens, and what decides rather than transports."""
 
 
-def _decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices that multiply activations."""
-    return parameter.dim() == 2 and "conv1d" not in name and "embed" not in name
+def _is_for_muon(name: str, parameter: Tensor) -> bool:
+    return parameter.dim() == 2 and not any(part in name for part in _NOT_FOR_MUON)
 
 
 def _report(

@@ -37,7 +37,7 @@ def test_the_logits_in_training_are_those_of_the_engine_on_the_exported_checkpoi
 
 
 def test_one_batch_is_learned_by_heart(recipe: Recipe, batches: Batches) -> None:
-    overfitted = replace(recipe, steps=1000, learning_rate=1e-2, weight_decay=0.0)
+    overfitted = replace(recipe, steps=1000, learning_rate=1e-2)
     trainer, batch = Trainer(overfitted), batches.batch(0)
     first = trainer.train(batch)
     for _ in range(70):
