@@ -92,3 +92,16 @@ def test_facts_that_do_not_fit_are_refused(tokenizer: TiktokenTokenizer) -> None
     facts = draw_facts(random.Random(5), 4)
     with pytest.raises(ValueError, match="more than 100"):
         RecallTexts(tokenizer).chat(facts, facts, [0] * 100, 100, 7)
+
+
+def test_a_drill_says_each_fact_twice_and_scores_the_second_time(
+    tokenizer: TiktokenTokenizer,
+) -> None:
+    drill = RecallTexts(tokenizer).drill(random.Random(6), 3, 700, 7)
+    assert len(drill.ids) == len(drill.weights) == 700
+    lines = [line for line in tokenizer.decode(drill.ids).splitlines() if line]
+    first, again = lines[:3], lines[3:6]
+    assert sorted(first) == sorted(again)
+    scored = [i for i, weight in zip(drill.ids, drill.weights, strict=True) if weight == 7]
+    answers = tokenizer.decode(scored).split()
+    assert answers[:3] == [line.removesuffix(".").rpartition(" ")[2] for line in again]
