@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shared.kimi_linear.tokenizer.interface import Tokenizer
 from training.corpus import Document
+from training.escapes import with_loops
 from training.recall import RecallTexts, WeightedTokens, draw_facts
 from training.recipe import Recipe
 from training.tokenizer import EOS
@@ -80,6 +81,8 @@ class Batches:
         length = phase.length + 1
         text = self._text(number, source, length)
         if number % self._recipe.recall_every:
+            if phase.loops_every and source.randrange(phase.loops_every) == 0:
+                return with_loops(source, text, length), False
             return WeightedTokens(text, [1.0] * length), False
         if phase.drills:
             return self._recall.drill(source, phase.facts, length, phase.answer_weight), True
@@ -98,10 +101,11 @@ class Batches:
     def _stack(self, sequences: Sequence[tuple[WeightedTokens, bool]]) -> TrainingBatch:
         ids = torch.tensor([tokens.ids for tokens, _ in sequences])
         weights = torch.tensor([tokens.weights for tokens, _ in sequences])
+        is_recall = torch.tensor([is_recall for _, is_recall in sequences])
         return TrainingBatch(
             inputs=ids[:, :-1],
             targets=ids[:, 1:],
             weights=weights[:, 1:],
-            is_answer=weights[:, 1:] > 1,
-            is_recall=torch.tensor([is_recall for _, is_recall in sequences]),
+            is_answer=(weights[:, 1:] > 1) & is_recall.unsqueeze(-1),
+            is_recall=is_recall,
         )

@@ -20,6 +20,7 @@ class Phase:
         facts: hidden in a recall text, all of which are asked for.
         answer_weight: of the word that answers, in the loss; other tokens count 1.
         drills: whether recall texts are nothing but facts, each said again soon after.
+        loops_every: one other text in so many gets stuck and goes on (`escapes`); 0 is none.
     """
 
     first_step: int
@@ -27,6 +28,7 @@ class Phase:
     facts: int
     answer_weight: float
     drills: bool = False
+    loops_every: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +122,9 @@ TINY: Final = Recipe(
     ),
     phases=(
         Phase(0, 256, 3, answer_weight=10, drills=True),
-        Phase(120, 256, 4, answer_weight=20),
-        Phase(280, 512, 8, answer_weight=20),
-        Phase(480, 1024, 12, answer_weight=20),
+        Phase(60, 256, 4, answer_weight=20),
+        Phase(160, 512, 8, answer_weight=20, loops_every=6),
+        Phase(400, 1024, 12, answer_weight=20, loops_every=6),
     ),
     step_tokens=4096,
     steps=1500,

@@ -179,7 +179,7 @@ def _report(
     gradient: float,
     counts: Sequence[Tensor],
 ) -> StepReport:
-    is_text = (~batch.is_recall).repeat_interleave(batch.inputs.shape[1])
+    is_text = ((batch.weights == 1) & ~batch.is_recall.unsqueeze(-1)).flatten()
     is_answer = batch.is_answer.flatten()
     least = min(float(of_layer.min() / of_layer.float().mean()) for of_layer in counts)
     return StepReport(

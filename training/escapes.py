@@ -1,0 +1,39 @@
+"""Text that gets stuck and goes on: what teaches a small model to leave a loop.
+
+A model that looks up what came before copies itself for ever once it has repeated itself. Here a
+piece of a text comes several times in a row; only what leaves the repetition is scored.
+"""
+
+import random
+from typing import Final
+
+from training.recall import UNSCORED, WeightedTokens
+
+PIECE: Final = (1, 24)
+"""Least and most tokens that are repeated."""
+REPEATS: Final = (2, 4)
+"""How often they come again."""
+BETWEEN: Final = (40, 120)
+"""Tokens of the text before the next repetition."""
+ESCAPE_WEIGHT: Final = 5.0
+"""Of the first token behind a repetition; other tokens of the text have 1."""
+
+
+def with_loops(random_source: random.Random, text: list[int], length: int) -> WeightedTokens:
+    """A text of `length` tokens with loops in it.
+
+    Args:
+        random_source: draws the loops.
+        text: at least `length` tokens.
+        length: of all.
+    """
+    tokens = WeightedTokens.none()
+    start, weight = 0, 1.0
+    while len(tokens.ids) < length:
+        stop = start + random_source.randint(*BETWEEN)
+        tokens.add(text[start : start + 1], weight)
+        tokens.add(text[start + 1 : stop])
+        piece = text[stop - random_source.randint(*PIECE) : stop]
+        tokens.add(piece * random_source.randint(*REPEATS), UNSCORED)
+        start, weight = stop, ESCAPE_WEIGHT
+    return WeightedTokens(tokens.ids[:length], tokens.weights[:length])
