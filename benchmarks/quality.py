@@ -68,7 +68,7 @@ def by_export(source: RequestState, target: RequestState) -> None:
 def bits_of(
     engine: Engine, tokenizer: Tokenizer, documents: Sequence[Document], move: Move | None = None
 ) -> dict[str, float]:
-    """Bits that each work's documents take, each predicted by itself after an end of text.
+    """Bits that each work's documents take, each by itself, from one end of text to the next.
 
     Args:
         engine: with room for two states of the longest document.
@@ -79,7 +79,7 @@ def bits_of(
     bits = {document.source: 0.0 for document in documents}
     end = tokenizer.special_tokens[EOS]
     for document in documents:
-        bits[document.source] += _bits(engine, [end, *tokenizer.encode(document.text)], move)
+        bits[document.source] += _bits(engine, [end, *tokenizer.encode(document.text), end], move)
     return bits
 
 

@@ -41,11 +41,12 @@ def forget(source: RequestState, target: RequestState) -> None:
     target.import_snapshot(snapshot)
 
 
-def test_bits_are_those_of_every_token_after_an_end_of_text(
+def test_bits_are_those_of_every_token_from_one_end_of_text_to_the_next(
     engine: Engine, tokenizer: TiktokenTokenizer, documents: list[Document]
 ) -> None:
     document = documents[0]
-    tokens = [tokenizer.special_tokens[EOS], *tokenizer.encode(document.text)]
+    end = tokenizer.special_tokens[EOS]
+    tokens = [end, *tokenizer.encode(document.text), end]
     with engine.new_state(len(tokens)) as state:
         logits = engine.prefill_all_logits(tokens[:-1], state)
     nats = functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="sum")
