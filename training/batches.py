@@ -88,8 +88,11 @@ class Batches:
             return self._recall.drill(source, phase.facts, length, phase.answer_weight), True
         facts = draw_facts(source, phase.facts)
         asked = source.sample(facts, len(facts))
-        write = self._recall.chat if source.random() < 0.7 else self._recall.plain
-        return write(facts, asked, text, length, phase.answer_weight), True
+        weight = phase.answer_weight
+        if source.random() < 0.7:
+            chat = self._recall.chat(facts, asked, text, length, weight, phase.key_weight)
+            return chat, True
+        return self._recall.plain(facts, asked, text, length, weight), True
 
     def _text(self, number: int, source: random.Random, length: int) -> list[int]:
         """A window of one work; windows of successive numbers cover the works evenly."""

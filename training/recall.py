@@ -107,6 +107,7 @@ class RecallTexts:
         filler: Sequence[int],
         length: int,
         answer_weight: float,
+        key_weight: float = 1.0,
     ) -> WeightedTokens:
         """A chat: the text with its facts, and questions with their answers.
 
@@ -116,6 +117,7 @@ class RecallTexts:
             filler: tokens of any text, at least `length`.
             length: of all, in tokens.
             answer_weight: of the words that answer; other tokens have 1, or `UNSCORED`.
+            key_weight: of the words in answers that repeat the questions'.
 
         Raises:
             ValueError: the facts and questions leave no room for a text.
@@ -125,7 +127,9 @@ class RecallTexts:
             tail.add(self._next_question if n else self._tokenizer.encode("\n"))
             tail.extend(self._bound(fact.question, fact, of_key=UNSCORED))
             tail.add(self._answer_opening)
-            tail.extend(self._bound(fact.statement, fact, of_value=answer_weight))
+            tail.extend(
+                self._bound(fact.statement, fact, of_key=key_weight, of_value=answer_weight)
+            )
         tail.add((self._template.end_id,))
         return self._fill(self._opening, facts, filler, tail, length)
 

@@ -19,6 +19,7 @@ class Phase:
         length: tokens of a sequence.
         facts: hidden in a recall text, all of which are asked for.
         answer_weight: of the word that answers, in the loss; other tokens count 1.
+        key_weight: of the word in an answer that repeats the question's.
         drills: whether recall texts are nothing but facts, each said again soon after.
         loops_every: one other text in so many gets stuck and goes on (`escapes`); 0 is none.
     """
@@ -27,6 +28,7 @@ class Phase:
     length: int
     facts: int
     answer_weight: float
+    key_weight: float = 1.0
     drills: bool = False
     loops_every: int = 0
 
@@ -124,7 +126,8 @@ TINY: Final = Recipe(
         Phase(0, 256, 3, answer_weight=10, drills=True),
         Phase(60, 256, 4, answer_weight=20),
         Phase(160, 512, 8, answer_weight=20, loops_every=6),
-        Phase(400, 1024, 12, answer_weight=20, loops_every=6),
+        Phase(250, 512, 8, answer_weight=20, key_weight=10, loops_every=6),
+        Phase(400, 1024, 12, answer_weight=20, key_weight=10, loops_every=6),
     ),
     step_tokens=4096,
     steps=1500,
