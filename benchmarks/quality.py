@@ -13,7 +13,6 @@ import lzma
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, get_args
@@ -54,6 +53,12 @@ PROMPTS: Final = (
 
 Move = Callable[[RequestState, RequestState], None]
 """Fills an empty state with what another state of the same engine holds."""
+Moves = Mapping[str, Move]
+"""Ways to move a state, by name; each starts from the same one, computed once."""
+
+KEPT: Final = "kept"
+"""The name of no move at all: what every move is held against."""
+HANDED_OVER: Final = "handed over"
 
 
 def by_export(source: RequestState, target: RequestState) -> None:
@@ -62,45 +67,54 @@ def by_export(source: RequestState, target: RequestState) -> None:
     target.import_snapshot(source.snapshot())
 
 
+LOSSLESS: Final[Moves] = {HANDED_OVER: by_export}
+
+
+def _moved(engine: Engine, state: RequestState, moves: Moves) -> Iterator[tuple[str, RequestState]]:
+    """A copy of the state by each move, and last the state itself."""
+    for name, move in moves.items():
+        with engine.new_state(state.capacity) as target:
+            move(state, target)
+            yield name, target
+    yield KEPT, state
+
+
 # --- bits per byte ---------------------------------------------------------------------------
 
 
 def bits_of(
-    engine: Engine, tokenizer: Tokenizer, documents: Sequence[Document], move: Move | None = None
-) -> dict[str, float]:
-    """Bits that each work's documents take, each by itself, from one end of text to the next.
+    engine: Engine, tokenizer: Tokenizer, documents: Sequence[Document], moves: Moves
+) -> dict[str, dict[str, float]]:
+    """Bits that documents take, each by itself, from one end of text to the next.
 
     Args:
         engine: with room for two states of the longest document.
         tokenizer: of its model.
         documents: to predict.
-        move: applied to the state in the middle of each document.
+        moves: applied to the state in the middle of each document.
+
+    Returns:
+        Bits of each work, by the name of the move; `KEPT` is among them.
     """
-    bits = {document.source: 0.0 for document in documents}
+    works = dict.fromkeys(document.source for document in documents)
+    bits = {name: dict.fromkeys(works, 0.0) for name in (KEPT, *moves)}
     end = tokenizer.special_tokens[EOS]
     for document in documents:
-        bits[document.source] += _bits(engine, [end, *tokenizer.encode(document.text), end], move)
+        tokens = [end, *tokenizer.encode(document.text), end]
+        for name, of_document in _bits(engine, tokens, moves):
+            bits[name][document.source] += of_document
     return bits
 
 
-def _bits(engine: Engine, tokens: Sequence[int], move: Move | None) -> float:
+def _bits(engine: Engine, tokens: Sequence[int], moves: Moves) -> Iterator[tuple[str, float]]:
     inputs, targets = tokens[:-1], torch.tensor(tokens[1:])
-    middle = len(inputs) // 2 if move else 0
-    with ExitStack() as held:
-        state = held.enter_context(engine.new_state(len(inputs)))
-        logits = []
-        if move and middle:
-            logits.append(engine.prefill_all_logits(inputs[:middle], state))
-            state = _moved(engine, state, move, held)
-        logits.append(engine.prefill_all_logits(inputs[middle:], state))
-        nats = functional.cross_entropy(torch.cat(logits), targets, reduction="sum")
-    return float(nats) / math.log(2)
-
-
-def _moved(engine: Engine, state: RequestState, move: Move, held: ExitStack) -> RequestState:
-    target = held.enter_context(engine.new_state(state.capacity))
-    move(state, target)
-    return target
+    middle = len(inputs) // 2
+    with engine.new_state(len(inputs)) as state:
+        first = engine.prefill_all_logits(inputs[:middle], state)
+        for name, moved in _moved(engine, state, moves):
+            logits = torch.cat((first, engine.prefill_all_logits(inputs[middle:], moved)))
+            nats = functional.cross_entropy(logits, targets, reduction="sum")
+            yield name, float(nats) / math.log(2)
 
 
 def text_of(documents: Sequence[Document]) -> bytes:
@@ -141,37 +155,41 @@ def questions(
         yield Question(tuple(prompt), tuple(texts.answer(asked)))
 
 
-def recall(engine: Engine, asked: Sequence[Question], move: Move | None = None) -> float:
+def recall(engine: Engine, asked: Sequence[Question], moves: Moves) -> dict[str, float]:
     """The part of the questions that greedy text answers, word for word.
 
     Args:
-        engine: with room for two states of the longest question.
+        engine: with room for two states of the longest question and its answer.
         asked: one after the other.
-        move: applied to the state after each prompt.
+        moves: applied to the state after each prompt.
+
+    Returns:
+        The part, by the name of the move; `KEPT` is among them.
     """
-    return sum(_is_answered(engine, question, move) for question in asked) / len(asked)
+    answered = dict.fromkeys((KEPT, *moves), 0)
+    for question in asked:
+        count = len(question.answer)
+        with engine.new_state(len(question.prompt) + count) as state:
+            logits = engine.prefill([question.prompt], [state])[0]
+            for name, moved in _moved(engine, state, moves):
+                found = tuple(_greedy_after(engine, logits, moved, count))
+                answered[name] += found == question.answer
+    return {name: count / len(asked) for name, count in answered.items()}
 
 
-def _is_answered(engine: Engine, question: Question, move: Move | None) -> bool:
-    found = greedy(engine, question.prompt, len(question.answer), move)
-    return tuple(found) == question.answer
+def greedy(engine: Engine, prompt: Sequence[int], count: int) -> list[int]:
+    """The likeliest `count` tokens after a prompt, one after the other."""
+    with engine.new_state(len(prompt) + count) as state:
+        return _greedy_after(engine, engine.prefill([prompt], [state])[0], state, count)
 
 
-def greedy(
-    engine: Engine, prompt: Sequence[int], count: int, move: Move | None = None
+def _greedy_after(
+    engine: Engine, logits: torch.Tensor, state: RequestState, count: int
 ) -> list[int]:
-    """The likeliest `count` tokens, one after the other; `move` is applied after the prompt."""
-    with ExitStack() as held:
-        state = held.enter_context(engine.new_state(len(prompt) + count))
-        logits = engine.prefill([prompt], [state])[0]
-        if move:
-            state = _moved(engine, state, move, held)
-        tokens: list[int] = []
-        while True:
-            tokens.append(int(logits.argmax()))
-            if len(tokens) == count:
-                return tokens
-            logits = engine.decode(tokens[-1:], [state])[0]
+    tokens = [int(logits.argmax())]
+    while len(tokens) < count:
+        tokens.append(int(engine.decode(tokens[-1:], [state])[0].argmax()))
+    return tokens
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -259,20 +277,19 @@ def text_quality(
     held_out: Sequence[Document],
 ) -> tuple[TextQuality, ...]:
     """The table of bits per byte: each work, then all of them."""
-    model = bits_of(engine, tokenizer, held_out)
-    handed_over = bits_of(engine, tokenizer, held_out, by_export)
+    bits = bits_of(engine, tokenizer, held_out, LOSSLESS)
     trained = text_of(train)
     counted = ByteModel(trained)
     rows = []
-    for work in (*model, "all"):
+    for work in (*bits[KEPT], "all"):
         chosen = [document for document in held_out if work in (document.source, "all")]
         text = text_of(chosen)
         rows.append(
             TextQuality(
                 work=work,
                 held_out_bytes=len(text),
-                model=_total(model, work) / len(text),
-                handed_over=_total(handed_over, work) / len(text),
+                model=_total(bits[KEPT], work) / len(text),
+                handed_over=_total(bits[HANDED_OVER], work) / len(text),
                 xz=xz_bits(trained, text) / len(text),
                 five_gram=counted.bits_per_byte(text),
             )
@@ -292,9 +309,8 @@ def recall_quality(
     rows = []
     for length in RECALL_LENGTHS:
         asked = list(questions(tokenizer, filler, length, count))
-        rows.append(
-            RecallQuality(length, count, recall(engine, asked), recall(engine, asked, by_export))
-        )
+        answered = recall(engine, asked, LOSSLESS)
+        rows.append(RecallQuality(length, count, answered[KEPT], answered[HANDED_OVER]))
     return tuple(rows)
 
 
