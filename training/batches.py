@@ -87,7 +87,7 @@ class Batches:
         if phase.drills:
             return self._recall.drill(source, phase.facts, length, phase.answer_weight), True
         facts = draw_facts(source, phase.facts)
-        asked = source.sample(facts, len(facts))
+        asked = source.sample(facts * phase.times_asked, len(facts) * phase.times_asked)
         weight = phase.answer_weight
         if source.random() < 0.7:
             chat = self._recall.chat(facts, asked, text, length, weight, phase.key_weight)

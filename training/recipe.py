@@ -18,6 +18,7 @@ class Phase:
         first_step: counted from 0.
         length: tokens of a sequence.
         facts: hidden in a recall text, all of which are asked for.
+        times_asked: how often each fact is asked for.
         answer_weight: of the word that answers, in the loss; other tokens count 1.
         key_weight: of the word in an answer that repeats the question's.
         drills: whether recall texts are nothing but facts, each said again soon after.
@@ -29,6 +30,7 @@ class Phase:
     facts: int
     answer_weight: float
     key_weight: float = 1.0
+    times_asked: int = 1
     drills: bool = False
     loops_every: int = 0
 
@@ -127,8 +129,8 @@ TINY: Final = Recipe(
         Phase(60, 256, 4, answer_weight=20),
         Phase(160, 512, 8, answer_weight=20, loops_every=6),
         Phase(250, 512, 8, answer_weight=20, key_weight=10, loops_every=6),
-        Phase(300, 512, 8, answer_weight=8, key_weight=4, loops_every=6),
-        Phase(400, 1024, 12, answer_weight=8, key_weight=4, loops_every=6),
+        Phase(300, 512, 8, answer_weight=8, key_weight=10, times_asked=2, loops_every=6),
+        Phase(420, 1024, 12, answer_weight=8, key_weight=8, times_asked=2, loops_every=6),
     ),
     step_tokens=4096,
     steps=1500,
