@@ -129,7 +129,7 @@ TINY: Final = Recipe(
         Phase(60, 256, 4, answer_weight=20),
         Phase(160, 512, 8, answer_weight=20, loops_every=6),
         Phase(250, 512, 8, answer_weight=20, key_weight=10, loops_every=6),
-        Phase(300, 512, 8, answer_weight=8, key_weight=10, times_asked=2, loops_every=6),
+        Phase(300, 512, 6, answer_weight=8, key_weight=10, times_asked=2, loops_every=6),
         Phase(420, 1024, 12, answer_weight=8, key_weight=8, times_asked=2, loops_every=6),
     ),
     step_tokens=4096,
