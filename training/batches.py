@@ -90,8 +90,8 @@ class Batches:
         asked = source.sample(facts * phase.times_asked, len(facts) * phase.times_asked)
         weight = phase.answer_weight
         if source.random() < 0.7:
-            chat = self._recall.chat(facts, asked, text, length, weight, phase.key_weight)
-            return chat, True
+            some = asked[: phase.asked_in_chat]
+            return self._recall.chat(facts, some, text, length, weight, phase.key_weight), True
         return self._recall.plain(facts, asked, text, length, weight), True
 
     def _text(self, number: int, source: random.Random, length: int) -> list[int]:

@@ -19,6 +19,8 @@ class Phase:
         length: tokens of a sequence.
         facts: hidden in a recall text, all of which are asked for.
         times_asked: how often each fact is asked for.
+        asked_in_chat: questions of a chat, if they are not to be all; with a single one, which words
+            an answer has to repeat is plain.
         answer_weight: of the word that answers, in the loss; other tokens count 1.
         key_weight: of the word in an answer that repeats the question's.
         drills: whether recall texts are nothing but facts, each said again soon after.
@@ -31,6 +33,7 @@ class Phase:
     answer_weight: float
     key_weight: float = 1.0
     times_asked: int = 1
+    asked_in_chat: int | None = None
     drills: bool = False
     loops_every: int = 0
 
@@ -131,6 +134,7 @@ TINY: Final = Recipe(
         Phase(250, 512, 8, answer_weight=20, key_weight=10, loops_every=6),
         Phase(300, 512, 6, answer_weight=8, key_weight=10, times_asked=2, loops_every=6),
         Phase(420, 1024, 12, answer_weight=8, key_weight=8, times_asked=2, loops_every=6),
+        Phase(450, 1024, 12, answer_weight=8, key_weight=40, asked_in_chat=1, loops_every=6),
     ),
     step_tokens=4096,
     steps=1500,
