@@ -19,8 +19,8 @@ class Phase:
         length: tokens of a sequence.
         facts: hidden in a recall text, all of which are asked for.
         times_asked: how often each fact is asked for.
-        asked_in_chat: questions of a chat, if they are not to be all; with a single one, which words
-            an answer has to repeat is plain.
+        asked_in_chat: questions of a chat, if not all; with a single one it is plain which words
+            the answer has to repeat.
         answer_weight: of the word that answers, in the loss; other tokens count 1.
         key_weight: of the word in an answer that repeats the question's.
         drills: whether recall texts are nothing but facts, each said again soon after.
@@ -137,8 +137,8 @@ TINY: Final = Recipe(
         Phase(450, 1024, 12, answer_weight=8, key_weight=40, asked_in_chat=1, loops_every=6),
     ),
     step_tokens=4096,
-    steps=1500,
+    steps=760,
     warmup_steps=30,
-    decay_steps=350,
+    decay_steps=280,
 )
 """The model that ships with the project."""
