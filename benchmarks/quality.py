@@ -29,7 +29,7 @@ from shared.kimi_linear.request_state import RequestState
 from shared.kimi_linear.tokenizer.interface import Tokenizer
 from shared.kimi_linear.tokenizer.loading import load_tokenizer
 from training.corpus import HELD_OUT_FILE, TRAIN_FILE, Document, read_documents
-from training.recall import Fact, RecallTexts, draw_facts
+from training.recall import Fact, Question, RecallTexts, draw_facts
 from training.tokenizer import EOS
 
 RECALL_LENGTHS: Final = (256, 512, 1024, 2048, 4096, 8192)
@@ -132,27 +132,26 @@ def xz_bits(train: bytes, held_out: bytes) -> int:
 # --- recall ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A prompt that ends where the answer is to be written."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    """What has to be written, to the end of the turn."""
-
-
 def questions(
-    tokenizer: Tokenizer, filler: Sequence[int], length: int, count: int
+    tokenizer: Tokenizer, filler: Sequence[int], length: int, count: int, *, in_chat: bool
 ) -> Iterator[Question]:
-    """Texts of `length` tokens with facts in random places; the same ones every time."""
+    """Texts of `length` tokens with facts in random places; the same ones every time.
+
+    Args:
+        tokenizer: of the model.
+        filler: tokens of a text, from which pieces stand between the facts.
+        length: tokens of a prompt.
+        count: of questions.
+        in_chat: whether a user asks in a chat; else the text is to say a fact once more.
+    """
     texts = RecallTexts(tokenizer)
+    ask = texts.chat_question if in_chat else texts.plain_question
     source = random.Random(length)
     for _ in range(count):
         facts = draw_facts(source, FACTS)
         asked: Fact = source.choice(facts)
         start = source.randrange(max(1, len(filler) - length))
-        prompt = texts.prompt(facts, asked, filler[start : start + length], length)
-        yield Question(tuple(prompt), tuple(texts.answer(asked)))
+        yield ask(facts, asked, filler[start : start + length], length)
 
 
 def recall(engine: Engine, asked: Sequence[Question], moves: Moves) -> dict[str, float]:
@@ -229,8 +228,12 @@ class RecallQuality:
 
     tokens: int
     questions: int
-    answered: float
+    said_again: float
+    """Facts that the text is to say once more."""
     handed_over: float
+    """The same, with the state moved after the prompt."""
+    in_chat: float
+    """Questions of a user, answered word for word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,10 +262,11 @@ class Quality:
             shown = " | ".join(f"{figure:.3f}" for figure in figures)
             yield f"| {row.work} | {row.held_out_bytes:,} | {shown} |"
         yield ""
-        yield "| recall at tokens | questions | answered | handed over |"
-        yield "|---|---|---|---|"
+        yield "| recall at tokens | questions | said again | handed over | in a chat |"
+        yield "|---|---|---|---|---|"
         for point in self.recall:
-            shown = f"{point.answered:.1%} | {point.handed_over:.1%}"
+            parts = (point.said_again, point.handed_over, point.in_chat)
+            shown = " | ".join(f"{part:.0%}" for part in parts)
             yield f"| {point.tokens:,} | {point.questions} | {shown} |"
         for sample in self.samples:
             yield f"\n> {sample.prompt}\n{sample.text}"
@@ -308,9 +312,13 @@ def recall_quality(
     filler = tokenizer.encode("\n".join(document.text for document in held_out))
     rows = []
     for length in RECALL_LENGTHS:
-        asked = list(questions(tokenizer, filler, length, count))
-        answered = recall(engine, asked, LOSSLESS)
-        rows.append(RecallQuality(length, count, answered[KEPT], answered[HANDED_OVER]))
+        plain = list(questions(tokenizer, filler, length, count, in_chat=False))
+        chat = list(questions(tokenizer, filler, length, count, in_chat=True))
+        said_again = recall(engine, plain, LOSSLESS)
+        in_chat = recall(engine, chat, {})
+        rows.append(
+            RecallQuality(length, count, said_again[KEPT], said_again[HANDED_OVER], in_chat[KEPT])
+        )
     return tuple(rows)
 
 

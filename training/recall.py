@@ -50,6 +50,14 @@ class Fact:
         return f"The sign of the {self.key} is {self.value}."
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt that ends where the answer is to be written."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class WeightedTokens:
     """Token ids, and what each counts in the loss when it is predicted."""
@@ -164,18 +172,28 @@ class RecallTexts:
                 tokens.add(self._tokenizer.encode("\n"))
         return WeightedTokens(tokens.ids[:length], tokens.weights[:length])
 
-    def prompt(
+    def chat_question(
         self, facts: Sequence[Fact], asked: Fact, filler: Sequence[int], length: int
-    ) -> list[int]:
+    ) -> Question:
         """A chat of `length` tokens that ends where the answer is to be written."""
         tail = WeightedTokens.none()
         tail.add(self._tokenizer.encode("\n" + asked.question))
         tail.add(self._answer_opening)
-        return self._fill(self._opening, facts, filler, tail, length).ids
+        prompt = self._fill(self._opening, facts, filler, tail, length).ids
+        answer = (*self._tokenizer.encode(asked.statement), self._template.end_id)
+        return Question(tuple(prompt), answer)
 
-    def answer(self, fact: Fact) -> list[int]:
-        """What has to follow `prompt`, to the end of the turn."""
-        return [*self._tokenizer.encode(fact.statement), self._template.end_id]
+    def plain_question(
+        self, facts: Sequence[Fact], asked: Fact, filler: Sequence[int], length: int
+    ) -> Question:
+        """A text of `length` tokens that ends where it is about to say a fact once more."""
+        tail = WeightedTokens.none()
+        before, value, after = asked.statement.rpartition(f" {asked.value}")
+        tail.add(self._tokenizer.encode("\n"))
+        tail.add(self._tokenizer.encode(before))
+        prompt = self._fill((), facts, filler, tail, length).ids
+        answer = (*self._tokenizer.encode(value), *self._tokenizer.encode(after))
+        return Question(tuple(prompt), answer)
 
     def _bound(
         self, text: str, fact: Fact, *, of_key: float = 1.0, of_value: float = UNSCORED

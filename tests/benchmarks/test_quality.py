@@ -64,21 +64,23 @@ def test_a_hand_over_changes_no_bits_and_a_lossy_move_does(
     assert bits["forgotten"]["bible"] != pytest.approx(bits[KEPT]["bible"], rel=1e-6)
 
 
+@pytest.mark.parametrize("in_chat", [False, True])
 def test_questions_have_their_length_and_the_same_texts_every_time(
-    tokenizer: TiktokenTokenizer,
+    tokenizer: TiktokenTokenizer, in_chat: bool
 ) -> None:
     filler = tokenizer.encode("the waters of the earth. " * 400)
-    asked = list(questions(tokenizer, filler, 600, 5))
-    assert asked == list(questions(tokenizer, filler, 600, 5))
+    asked = list(questions(tokenizer, filler, 600, 5, in_chat=in_chat))
+    assert asked == list(questions(tokenizer, filler, 600, 5, in_chat=in_chat))
     assert {len(question.prompt) for question in asked} == {600}
     for question in asked:
-        statement = tokenizer.decode(question.answer)
-        assert statement in tokenizer.decode(question.prompt)
+        prompt, answer = map(tokenizer.decode, (question.prompt, question.answer))
+        stem = "" if in_chat else prompt.rpartition("\n")[2]
+        assert stem + answer in prompt
 
 
 def test_recall_counts_exact_answers(engine: Engine, tokenizer: TiktokenTokenizer) -> None:
     filler = tokenizer.encode("the waters of the earth. " * 400)
-    wrong = next(questions(tokenizer, filler, 600, 1))
+    wrong = next(questions(tokenizer, filler, 600, 1, in_chat=True))
     said = greedy(engine, wrong.prompt, 6)
     right = type(wrong)(wrong.prompt, tuple(said))
     assert recall(engine, [wrong, right], {"exported": by_export}) == {KEPT: 0.5, "exported": 0.5}

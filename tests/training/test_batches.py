@@ -74,7 +74,7 @@ def test_a_recall_prompt_is_what_the_chat_template_makes_of_it(
 ) -> None:
     facts = draw_facts(random.Random(4), 2)
     filler = tokenizer.encode("the waters of the earth. " * 100)
-    prompt = RecallTexts(tokenizer).prompt(facts, facts[1], filler, 300)
+    prompt = RecallTexts(tokenizer).chat_question(facts, facts[1], filler, 300).prompt
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     text = "".join(names.get(i) or tokenizer.decode([i]) for i in prompt)
     user = text[text.index("<|im_user|>user<|im_middle|>") :].split("<|im_end|>")[0]
@@ -105,3 +105,16 @@ def test_a_drill_says_each_fact_twice_and_scores_the_second_time(
     scored = [i for i, weight in zip(drill.ids, drill.weights, strict=True) if weight == 7]
     answers = tokenizer.decode(scored).split()
     assert answers[:3] == [line.removesuffix(".").rpartition(" ")[2] for line in again]
+
+
+def test_a_plain_question_is_the_text_up_to_the_word_that_answers(
+    tokenizer: TiktokenTokenizer,
+) -> None:
+    facts = draw_facts(random.Random(4), 2)
+    filler = tokenizer.encode("the waters of the earth. " * 100)
+    question = RecallTexts(tokenizer).plain_question(facts, facts[0], filler, 300)
+    assert len(question.prompt) == 300
+    assert tokenizer.decode(question.answer) == f" {facts[0].value}."
+    text = tokenizer.decode((*question.prompt, *question.answer))
+    assert text.endswith("\n" + facts[0].statement)
+    assert text.count(facts[0].statement) == 2
