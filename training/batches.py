@@ -82,14 +82,14 @@ class Batches:
         text = self._text(number, source, length)
         if number % self._recipe.recall_every:
             if phase.loops_every and source.randrange(phase.loops_every) == 0:
-                return with_loops(source, text, length), False
+                return with_loops(source, text, length, phase.escape_weight), False
             return WeightedTokens(text, [1.0] * length), False
         if phase.drills:
             return self._recall.drill(source, phase.facts, length, phase.answer_weight), True
         facts = draw_facts(source, phase.facts)
         asked = source.sample(facts * phase.times_asked, len(facts) * phase.times_asked)
         weight = phase.answer_weight
-        if source.random() < 0.7:
+        if source.random() < phase.chat_part:
             some = asked[: phase.asked_in_chat]
             return self._recall.chat(facts, some, text, length, weight, phase.key_weight), True
         return self._recall.plain(facts, asked, text, length, weight), True

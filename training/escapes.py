@@ -15,17 +15,18 @@ REPEATS: Final = (2, 4)
 """How often they come again."""
 BETWEEN: Final = (40, 120)
 """Tokens of the text before the next repetition."""
-ESCAPE_WEIGHT: Final = 5.0
-"""Of the first token behind a repetition; other tokens of the text have 1."""
 
 
-def with_loops(random_source: random.Random, text: list[int], length: int) -> WeightedTokens:
+def with_loops(
+    random_source: random.Random, text: list[int], length: int, escape_weight: float
+) -> WeightedTokens:
     """A text of `length` tokens with loops in it.
 
     Args:
         random_source: draws the loops.
         text: at least `length` tokens.
         length: of all.
+        escape_weight: of the first token behind a repetition; other tokens of the text have 1.
     """
     tokens = WeightedTokens.none()
     start, weight = 0, 1.0
@@ -35,5 +36,5 @@ def with_loops(random_source: random.Random, text: list[int], length: int) -> We
         tokens.add(text[start + 1 : stop])
         piece = text[stop - random_source.randint(*PIECE) : stop]
         tokens.add(piece * random_source.randint(*REPEATS), UNSCORED)
-        start, weight = stop, ESCAPE_WEIGHT
+        start, weight = stop, escape_weight
     return WeightedTokens(tokens.ids[:length], tokens.weights[:length])

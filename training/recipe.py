@@ -24,7 +24,9 @@ class Phase:
         answer_weight: of the word that answers, in the loss; other tokens count 1.
         key_weight: of the word in an answer that repeats the question's.
         drills: whether recall texts are nothing but facts, each said again soon after.
+        chat_part: of the recall texts that are chats; the others say facts once more.
         loops_every: one other text in so many gets stuck and goes on (`escapes`); 0 is none.
+        escape_weight: of the token that leaves a loop.
     """
 
     first_step: int
@@ -35,7 +37,9 @@ class Phase:
     times_asked: int = 1
     asked_in_chat: int | None = None
     drills: bool = False
+    chat_part: float = 0.7
     loops_every: int = 0
+    escape_weight: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,17 @@ TINY: Final = Recipe(
         Phase(300, 512, 6, answer_weight=8, key_weight=10, times_asked=2, loops_every=6),
         Phase(420, 1024, 12, answer_weight=8, key_weight=8, times_asked=2, loops_every=6),
         Phase(450, 1024, 12, answer_weight=8, key_weight=40, asked_in_chat=1, loops_every=6),
+        Phase(
+            first_step=550,
+            length=1024,
+            facts=12,
+            answer_weight=8,
+            key_weight=10,
+            asked_in_chat=1,
+            chat_part=0.4,
+            loops_every=2,
+            escape_weight=15,
+        ),
     ),
     step_tokens=4096,
     steps=760,
