@@ -122,11 +122,12 @@ def text_of(documents: Sequence[Document]) -> bytes:
     return b"".join(document.text.encode() + b"\n" for document in documents)
 
 
-def xz_bits(train: bytes, held_out: bytes) -> int:
-    """What `xz -9` adds to the training text's size when the held-out text follows it."""
-    return 8 * (
-        len(lzma.compress(train + held_out, preset=9)) - len(lzma.compress(train, preset=9))
-    )
+def xz_bits(text: bytes) -> int:
+    """What `xz -9` makes of a text.
+
+    The bits of a held-out text are those of the training text with it less those without it.
+    """
+    return 8 * len(lzma.compress(text, preset=9))
 
 
 # --- recall ----------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def text_quality(
     """The table of bits per byte: each work, then all of them."""
     bits = bits_of(engine, tokenizer, held_out, LOSSLESS)
     trained = text_of(train)
-    counted = ByteModel(trained)
+    counted, trained_bits = ByteModel(trained), xz_bits(trained)
     rows = []
     for work in (*bits[KEPT], "all"):
         chosen = [document for document in held_out if work in (document.source, "all")]
@@ -294,7 +295,7 @@ def text_quality(
                 held_out_bytes=len(text),
                 model=_total(bits[KEPT], work) / len(text),
                 handed_over=_total(bits[HANDED_OVER], work) / len(text),
-                xz=xz_bits(trained, text) / len(text),
+                xz=(xz_bits(trained + text) - trained_bits) / len(text),
                 five_gram=counted.bits_per_byte(text),
             )
         )
