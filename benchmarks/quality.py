@@ -33,6 +33,8 @@ from training.recall import Fact, Question, RecallTexts, draw_facts
 from training.tokenizer import EOS
 
 RECALL_LENGTHS: Final = (256, 512, 1024, 2048, 4096, 8192)
+RECALL_TOKENS: Final = 102_400
+"""Of the prompts of one length: 100 questions at 1,024 tokens, fewer beyond."""
 FACTS: Final = 8
 """Hidden in each text; one of them is asked for."""
 ANSWER_TOKENS: Final = 24
@@ -307,12 +309,13 @@ def _total(bits: Mapping[str, float], work: str) -> float:
 
 
 def recall_quality(
-    engine: Engine, tokenizer: Tokenizer, held_out: Sequence[Document], count: int
+    engine: Engine, tokenizer: Tokenizer, held_out: Sequence[Document], most: int
 ) -> tuple[RecallQuality, ...]:
-    """The table of recall, with held-out text between the facts."""
+    """The table of recall, of at most so many questions, with held-out text between the facts."""
     filler = tokenizer.encode("\n".join(document.text for document in held_out))
     rows = []
     for length in RECALL_LENGTHS:
+        count = min(most, RECALL_TOKENS // length)
         plain = list(questions(tokenizer, filler, length, count, in_chat=False))
         chat = list(questions(tokenizer, filler, length, count, in_chat=True))
         said_again = recall(engine, plain, LOSSLESS)
@@ -369,7 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, default=models.TINY)
     parser.add_argument("--dtype", choices=get_args(WeightDTypeChoice), default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--questions", type=int, default=100, help="at each length")
+    parser.add_argument("--questions", type=int, default=100, help="at most, at each length")
     parser.add_argument("--json", type=Path, help="file for all figures and samples")
     return parser
 
