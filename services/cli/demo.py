@@ -11,7 +11,7 @@ from shared.settings import UpSettings, load_settings
 
 INTERRUPTED_STATUS: Final = 130
 
-_PROMPT: Final = "Prefill in one region, decode in another: what crosses the network is the state."
+_PROMPT: Final = "And it came to pass in those days, that the king said unto the people,"
 _DEFAULTS: Final = ("--port=0", "--log-level=error")
 
 

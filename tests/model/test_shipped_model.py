@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 import models
-from benchmarks.quality import HANDED_OVER, KEPT, LOSSLESS, greedy, loop_in, questions, recall
+from benchmarks.quality import HANDED_OVER, KEPT, LOSSLESS, questions, recall
 from shared.kimi_linear.chat_template import ChatTemplate
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.engine import Engine, Room
@@ -67,7 +67,3 @@ def test_it_recalls_facts_also_after_a_hand_over(shipped: Engine, tokenizer: Tok
     filler = tokenizer.encode(f"{VERSE} " * 60)
     asked = list(questions(tokenizer, filler, 512, 5, in_chat=False))
     assert recall(shipped, asked, LOSSLESS) == {KEPT: 1, HANDED_OVER: 1}
-
-
-def test_its_text_goes_on_without_a_loop(shipped: Engine, tokenizer: Tokenizer) -> None:
-    assert loop_in(greedy(shipped, tokenizer.encode("In the beginning"), 100)) is None
