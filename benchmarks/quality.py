@@ -12,7 +12,7 @@ import json
 import lzma
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, get_args
@@ -22,6 +22,7 @@ from torch.nn import functional
 
 import models
 from benchmarks.byte_model import ByteModel
+from benchmarks.state_moves import CODECS, HANDED_OVER, Moves, ThroughSegments, by_export
 from shared.errors import CheckpointError
 from shared.kernels.dtypes import WeightDTypeChoice
 from shared.kimi_linear.engine import Engine, Room
@@ -38,6 +39,9 @@ RECALL_TOKENS: Final = 102_400
 FACTS: Final = 8
 """Hidden in each text; one of them is asked for."""
 ANSWER_TOKENS: Final = 24
+MOVED_RECALL_TOKENS: Final = 1024
+_EVERY_DOCUMENT: Final = 8
+"""Of the held-out documents, for what is measured many times."""
 CONTINUED_TOKENS: Final = 100
 
 PROMPTS: Final = (
@@ -53,22 +57,8 @@ PROMPTS: Final = (
     "bug n.\nAn unwanted",
 )
 
-Move = Callable[[RequestState, RequestState], None]
-"""Fills an empty state with what another state of the same engine holds."""
-Moves = Mapping[str, Move]
-"""Ways to move a state, by name; each starts from the same one, computed once."""
-
 KEPT: Final = "kept"
 """The name of no move at all: what every move is held against."""
-HANDED_OVER: Final = "handed over"
-
-
-def by_export(source: RequestState, target: RequestState) -> None:
-    """The move of a hand-over, without a codec: nothing is lost."""
-    target.import_latents(source.export_latents(0, source.length))
-    target.import_snapshot(source.snapshot())
-
-
 LOSSLESS: Final[Moves] = {HANDED_OVER: by_export}
 
 
@@ -240,6 +230,19 @@ class RecallQuality:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveQuality:
+    """What one way to move a state costs: against `KEPT`, which moves nothing."""
+
+    name: str
+    state_bytes: float
+    """Of a state in the middle of a document, as it moves; 0 for none."""
+    bits_per_byte: float
+    """With the state moved in the middle of each document."""
+    recall: float
+    """Facts said again at `MOVED_RECALL_TOKENS`, with the state moved after the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """What the model writes after a prompt, always the likeliest token."""
 
@@ -254,6 +257,7 @@ class Quality:
 
     text: tuple[TextQuality, ...]
     recall: tuple[RecallQuality, ...]
+    moves: tuple[MoveQuality, ...]
     samples: tuple[Sample, ...]
 
     def lines(self) -> Iterator[str]:
@@ -271,6 +275,12 @@ class Quality:
             parts = (point.said_again, point.handed_over, point.in_chat)
             shown = " | ".join(f"{part:.0%}" for part in parts)
             yield f"| {point.tokens:,} | {point.questions} | {shown} |"
+        yield ""
+        yield "| state moved | bytes | bits per byte | recall |"
+        yield "|---|---|---|---|"
+        for way in self.moves:
+            bits = f"{way.bits_per_byte:.4f}"
+            yield f"| {way.name} | {way.state_bytes:,.0f} | {bits} | {way.recall:.0%} |"
         for sample in self.samples:
             yield f"\n> {sample.prompt}\n{sample.text}"
             if sample.loop is not None:
@@ -326,6 +336,25 @@ def recall_quality(
     return tuple(rows)
 
 
+def move_quality(
+    engine: Engine, tokenizer: Tokenizer, held_out: Sequence[Document], most: int
+) -> tuple[MoveQuality, ...]:
+    """The table of ways to move a state, on some of the documents and questions."""
+    coded = {name: ThroughSegments(engine, *codecs) for name, codecs in CODECS.items()}
+    moves: Moves = {HANDED_OVER: by_export, **coded}
+    documents = held_out[::_EVERY_DOCUMENT]
+    bits = bits_of(engine, tokenizer, documents, moves)
+    moved = {name: through.moved_bytes / len(documents) for name, through in coded.items()}
+    filler = tokenizer.encode("\n".join(document.text for document in held_out))
+    asked = list(questions(tokenizer, filler, MOVED_RECALL_TOKENS, most, in_chat=False))
+    answered = recall(engine, asked, moves)
+    size = len(text_of(documents))
+    return tuple(
+        MoveQuality(name, moved.get(name, 0.0), _total(bits[name], "all") / size, answered[name])
+        for name in (KEPT, *moves)
+    )
+
+
 def samples(engine: Engine, tokenizer: Tokenizer) -> tuple[Sample, ...]:
     """What is written after each of the fixed prompts."""
     written = []
@@ -355,6 +384,7 @@ def main() -> None:
     quality = Quality(
         text=text_quality(engine, tokenizer, train, held_out),
         recall=recall_quality(engine, tokenizer, held_out, given.questions),
+        moves=move_quality(engine, tokenizer, held_out, given.questions),
         samples=samples(engine, tokenizer),
     )
     print("\n".join(quality.lines()))

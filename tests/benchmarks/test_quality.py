@@ -11,13 +11,13 @@ from benchmarks.quality import (
     ANSWER_TOKENS,
     KEPT,
     bits_of,
-    by_export,
     greedy,
     loop_in,
     questions,
     recall,
     xz_bits,
 )
+from benchmarks.state_moves import CODECS, ThroughSegments, by_export
 from shared.kimi_linear.engine import Engine, Room
 from shared.kimi_linear.request_state import RequestState
 from shared.kimi_linear.tokenizer.tiktoken_format import TiktokenTokenizer
@@ -36,10 +36,11 @@ def engine(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 def forget(source: RequestState, target: RequestState) -> None:
     """A move that loses what the recurrent states hold."""
-    target.import_latents(source.export_latents(0, source.length))
+    target.import_latents(0, source.export_latents(0, source.length))
     snapshot = source.snapshot()
     snapshot.recurrent.zero_()
     target.import_snapshot(snapshot)
+    target.finish_import(source.length)
 
 
 def test_bits_are_those_of_every_token_from_one_end_of_text_to_the_next(
@@ -62,6 +63,20 @@ def test_a_hand_over_changes_no_bits_and_a_lossy_move_does(
     bits = bits_of(engine, tokenizer, documents[:2], moves)
     assert bits["exported"] == bits[KEPT]
     assert bits["forgotten"]["bible"] != pytest.approx(bits[KEPT]["bible"], rel=1e-6)
+
+
+def test_lossless_codecs_change_no_bits_and_lossy_ones_hardly_any(
+    engine: Engine, tokenizer: TiktokenTokenizer, documents: list[Document]
+) -> None:
+    moves = {name: ThroughSegments(engine, *codecs) for name, codecs in CODECS.items()}
+    bits = bits_of(engine, tokenizer, documents[:1], moves)
+    kept = bits[KEPT]["bible"]
+    assert bits["raw"]["bible"] == bits["zstd"]["bible"] == kept
+    for lossy in ("bf16-state", "int8-latent"):
+        assert bits[lossy]["bible"] != kept
+        assert bits[lossy]["bible"] == pytest.approx(kept, rel=1e-2)
+    sizes = [moves[name].moved_bytes for name in ("raw", "zstd", "bf16-state, int8-latent")]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize("in_chat", [False, True])
