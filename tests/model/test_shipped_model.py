@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional
 
 import models
-from benchmarks.quality import HANDED_OVER, KEPT, LOSSLESS, questions, recall
+from benchmarks.quality import KEPT, LOSSLESS, questions, recall
+from benchmarks.state_moves import HANDED_OVER
 from shared.kimi_linear.chat_template import ChatTemplate
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.engine import Engine, Room
