@@ -28,6 +28,7 @@ from shared.kimi_linear.presets import PresetName
 from shared.kimi_linear.request_state import RequestState
 from shared.kimi_linear.snapshot import KdaSnapshot
 from shared.kimi_linear.state_layout import StateLayout
+from shared.policy.segment_size import SEGMENT_BYTES
 from shared.state_blob.codecs import CODECS, ZSTD, Codec, codecs_for
 from shared.state_blob.header import SegmentIdentity
 from shared.state_blob.kinds import SegmentKind
@@ -39,8 +40,6 @@ from shared.state_blob.segment import (
     encode_snapshot,
 )
 
-PIECE_BYTES: Final = 4 * 2**20
-"""Of a segment before encoding, at most."""
 TEXT_TOKENS: Final = 256
 EXPLANATION: Final = f"""\
 {TEXT_TOKENS} greedy tokens against those of the lossless state with fp32 latents: relative error of
@@ -84,7 +83,7 @@ class Piece:
 def pieces_of_latents(latents: Tensor) -> list[Piece]:
     """Latents `[mla_layers, tokens, latent_dim]`, cut by tokens."""
     layers, tokens, _ = latents.shape
-    most_tokens = max(1, PIECE_BYTES // latents[:, 0].nbytes)
+    most_tokens = max(1, SEGMENT_BYTES // latents[:, 0].nbytes)
     return [
         Piece(_identity(start, start + part.shape[1], 0, layers), part.contiguous())
         for start, part in zip(
@@ -97,7 +96,7 @@ def pieces_of_snapshot(snapshot: KdaSnapshot) -> list[Piece]:
     """The states of all KDA layers, cut by layers."""
     return [
         Piece(_identity(piece.length, piece.length, piece.first_layer, piece.layers), piece)
-        for piece in snapshot.split(PIECE_BYTES)
+        for piece in snapshot.split(SEGMENT_BYTES)
     ]
 
 
@@ -290,7 +289,7 @@ def main() -> None:
     ]
     print(Processor.of_this_machine())
     print(f"model {Path(model).name}, a random prompt of {given.tokens} tokens")
-    print(f"one core, median of {given.rounds}, segments of at most {PIECE_BYTES >> 20} MiB\n")
+    print(f"one core, median of {given.rounds}, segments of at most {SEGMENT_BYTES >> 20} MiB\n")
     torch.set_num_threads(1)
     for line in cost_table(parts, given.rounds):
         print(line, flush=True)

@@ -15,6 +15,7 @@ from benchmarks.two_regions import Answer, Link, TwoRegions, tokens_of
 from shared.kimi_linear.engine import Engine
 from shared.kimi_linear.request_state import RequestState
 from shared.messages import SegmentDescriptor
+from shared.policy.segment_size import cut_latents
 from shared.state_blob.codecs import codec_named
 from shared.state_transfer.segment_coding import LatentsPart, SegmentCoding, StatePart
 from shared.state_transfer.state_import import StateImport
@@ -26,8 +27,6 @@ from shared.streams.prefix_index import PrefixIndex
 from shared.streams.state_store import StateStore
 
 _OWNER: Final = "serial"
-_PIECE_BYTES: Final = 4 * 2**20
-_SEGMENT_TOKENS: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +82,8 @@ class SerialTransfer:
 
     async def publish(self, state: RequestState, length: int, codec: str) -> float:
         """Code and store the first `length` tokens of a state; gives the seconds."""
-        starts = range(0, length, _SEGMENT_TOKENS)
-        cuts = [(start, min(start + _SEGMENT_TOKENS, length)) for start in starts]
         parts: asyncio.Queue[StatePart | None] = asyncio.Queue()
-        for start, stop in cuts:
+        for start, stop in cut_latents(0, length):
             parts.put_nowait(LatentsPart(start, stop, state.export_latents(start, stop)))
         async with connect(self._regions.prefill_url) as redis:
             store = StateStore(redis, "prefill")

@@ -5,23 +5,23 @@ from typing import Final
 
 from shared.kimi_linear.engine import Engine
 from shared.kimi_linear.request_state import RequestState
-from shared.kimi_linear.snapshot import KdaSnapshot
 from shared.state_blob.codecs import BF16_STATE, INT8_LATENT, RAW, ZSTD, Codec
-from shared.state_blob.prefix_hash import PrefixNames, root
-from shared.state_blob.segment import (
-    EncodedSegment,
-    SegmentIdentity,
-    decode_latents,
-    decode_snapshot,
-    encode_latents,
-    encode_snapshot,
+from shared.state_blob.prefix_hash import PrefixNames
+from shared.state_transfer.segment_coding import (
+    LatentsPart,
+    SegmentCoding,
+    StatePart,
+    descriptor_of,
+    place,
 )
+from shared.streams import keys
 
 Move = Callable[[RequestState, RequestState], None]
 """Fills an empty state with what another state of the same engine holds."""
 Moves = Mapping[str, Move]
 """Ways to move a state, by name; each starts from the same one, computed once."""
 
+_OWNER: Final = "benchmark"
 HANDED_OVER: Final = "handed over"
 CODECS: Final[Mapping[str, tuple[Codec, Codec]]] = {
     "raw": (RAW, RAW),
@@ -49,41 +49,20 @@ class ThroughSegments:
 
     def __init__(self, engine: Engine, latent_codec: Codec, state_codec: Codec) -> None:
         self.moved_bytes = 0
-        self._engine = engine
+        self._coding = SegmentCoding(engine.fingerprint, engine.layout)
         self._latent_codec = latent_codec
         self._state_codec = state_codec
 
     def __call__(self, source: RequestState, target: RequestState) -> None:
         """See `Move`."""
-        length, snapshot = source.length, source.snapshot()
-        names = PrefixNames(root(self._engine.fingerprint), [0] * length)
-        latents = source.export_latents(0, length)
-        identity = self._identity(names, 0, length, len(latents))
-        encoded = self._counted(encode_latents(identity, latents, self._latent_codec))
-        data = memoryview(bytearray(encoded.data))
-        target.import_latents(0, decode_latents(data, identity, self._engine.layout))
-        target.import_snapshot(self._coded(names, snapshot))
-        target.finish_import(length)
+        names = self._coding.names((0,) * source.length, b"")
+        latents = LatentsPart(0, source.length, source.export_latents(0, source.length))
+        place(self._moved(latents, self._latent_codec, names), target)
+        place(self._moved(source.snapshot(), self._state_codec, names), target)
+        target.finish_import(source.length)
 
-    def _coded(self, names: PrefixNames, snapshot: KdaSnapshot) -> KdaSnapshot:
-        identity = self._identity(names, snapshot.length, snapshot.length, snapshot.layers)
-        encoded = self._counted(encode_snapshot(identity, snapshot, self._state_codec))
-        data = memoryview(bytearray(encoded.data))
-        return decode_snapshot(data, identity, self._engine.layout)
-
-    def _counted(self, encoded: EncodedSegment) -> EncodedSegment:
+    def _moved(self, part: StatePart, codec: Codec, names: PrefixNames) -> StatePart:
+        encoded = self._coding.encode(part, names, _OWNER, 1, codec)
         self.moved_bytes += len(encoded.data)
-        return encoded
-
-    def _identity(self, names: PrefixNames, start: int, stop: int, layers: int) -> SegmentIdentity:
-        return SegmentIdentity(
-            fingerprint=self._engine.fingerprint,
-            producer="quality",
-            epoch=1,
-            start=start,
-            stop=stop,
-            parent_hash=names.at(start),
-            prefix_hash=names.at(stop),
-            first_layer=0,
-            layers=layers,
-        )
+        segment = descriptor_of(part, encoded, codec, keys.segment(_OWNER, 1, 0), _OWNER, 1)
+        return self._coding.decode(segment, memoryview(bytearray(encoded.data)), names)

@@ -16,6 +16,7 @@ from torch import Tensor
 from services.decode_worker.metrics import DecodeMetrics
 from shared.errors import PrfaasError, StateStoreFullError
 from shared.kimi_linear.snapshot import KdaSnapshot
+from shared.policy.segment_size import SEGMENT_BYTES, cut_latents
 from shared.process import new_identity
 from shared.state_transfer.prefix_caching import PrefixCaching
 from shared.state_transfer.segment_codecs import SegmentCodecs
@@ -30,8 +31,6 @@ log = structlog.get_logger()
 _MOST_WAITING: Final = 4
 """Conversations held in memory until they are published; further ones are not."""
 
-_SEGMENT_TOKENS: Final = 512
-_PIECE_BYTES: Final = 4 * 2**20
 _LEASE_SECONDS: Final = 300
 
 
@@ -61,14 +60,12 @@ class Conversation:
 
     def parts(self) -> list[StatePart]:
         """What has to be written, in its order."""
-        stops = range(self.start, len(self.tokens), _SEGMENT_TOKENS)
-        cuts = [(start, min(start + _SEGMENT_TOKENS, len(self.tokens))) for start in stops]
         return [
             *(
                 LatentsPart(start, stop, self.latents[:, start - self.start : stop - self.start])
-                for start, stop in cuts
+                for start, stop in cut_latents(self.start, len(self.tokens))
             ),
-            *self.snapshot.split(_PIECE_BYTES),
+            *self.snapshot.split(SEGMENT_BYTES),
         ]
 
 

@@ -96,13 +96,13 @@ class RegionCache:
             async with asyncio.timeout(_PATIENCE):
                 await self._store.open_lease(owner, self._lease_seconds)
                 match = await self._index.match(names.blocks, owner)
-            if match.reason == "closed":
-                return NO_COPY
             covered = await self._restore(match.latents, names, state)
         except _TROUBLE as error:
             log.warning("own region's cache unavailable", error=type(error).__name__)
             return NO_COPY
         self._metrics.local_tokens.inc(covered)
+        if match.reason == "closed":
+            return RegionCopy(covered, nothing_more)
         keeper = _Keeper(
             self._store, owner, PrefixCaching(self._index, names, owner, state.layout.kda_layers)
         )

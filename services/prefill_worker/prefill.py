@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
 from time import monotonic
-from typing import Final
 
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from shared.kimi_linear.snapshot import KdaSnapshot
 from shared.messages import Job, Manifest, PrefillDone, PrefillFailed, PrefillStarted, Token
 from shared.observability.timed import timed
 from shared.policy.prefill_plan import Chunk, plan_chunks
+from shared.policy.segment_size import SEGMENT_BYTES
 from shared.settings import PrefillWorkerSettings
 from shared.state_blob.prefix_hash import PrefixNames
 from shared.state_room import StateRoom
@@ -35,9 +35,6 @@ from shared.state_transfer.state_writer import StateWriter
 from shared.streams.job_queue import Attempt
 from shared.streams.prefix_index import PrefixIndex
 from shared.streams.state_store import StateStore
-
-SNAPSHOT_PIECE_BYTES: Final = 4 * 2**20
-"""Values of this size are pulled fastest, and pieces are coded and moved side by side."""
 
 Parts = asyncio.Queue[StatePart | None]
 Pieces = asyncio.Queue[KdaSnapshot | None]
@@ -196,7 +193,7 @@ class PrefillHandler:
         await parts.put(LatentsPart(chunk.start, chunk.stop, latents))
         if chunk.keeps_snapshot:
             kept = await self._compute.run(state.snapshot)
-            for piece in kept.split(SNAPSHOT_PIECE_BYTES):
+            for piece in kept.split(SEGMENT_BYTES):
                 await parts.put(piece)
 
     async def _compute_last_chunk(

@@ -1,12 +1,11 @@
 """Whether to compress what crosses a link: the faster way, by the numbers that were measured."""
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
+
+from shared.policy.segment_size import SEGMENT_BYTES
 
 CodecChoice = Literal["raw", "zstd"]
-
-_PIECE_BYTES: Final = 4 * 2**20
-"""Bytes that pass from one stage to the next together, before the stages work side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +26,11 @@ def raw_seconds(bandwidth: float, raw_bytes: int) -> float:
 
 
 def coded_seconds(bandwidth: float, raw_bytes: int, rates: CodecRates) -> float:
-    """Time that a state takes encoded: that of the slowest stage, and the others' first piece."""
-    piece = min(raw_bytes, _PIECE_BYTES)
+    """Time that a state takes encoded: that of the slowest stage, and the others' first segment."""
+    first = min(raw_bytes, SEGMENT_BYTES)
     seconds_a_byte = (1 / rates.encode, rates.ratio / bandwidth, 1 / rates.decode)
     slowest = max(seconds_a_byte)
-    return raw_bytes * slowest + piece * (sum(seconds_a_byte) - slowest)
+    return raw_bytes * slowest + first * (sum(seconds_a_byte) - slowest)
 
 
 def choose_codec(bandwidth: float | None, raw_bytes: int, rates: CodecRates) -> CodecChoice:

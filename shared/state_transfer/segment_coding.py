@@ -7,6 +7,7 @@ from typing import Final
 from torch import Tensor
 
 from shared.errors import SegmentForeignError, SegmentTooLargeError
+from shared.kimi_linear.request_state import RequestState
 from shared.kimi_linear.snapshot import KdaSnapshot
 from shared.kimi_linear.state_layout import StateLayout
 from shared.messages import SegmentDescriptor
@@ -54,6 +55,35 @@ def range_of(part: StatePart) -> PartRange:
     if isinstance(part, KdaSnapshot):
         return PartRange(part.length, part.length, part.first_layer, part.layers)
     return PartRange(part.start, part.stop, 0, len(part.latents))
+
+
+def place(part: StatePart, state: RequestState) -> None:
+    """Bring a part into a state that is filled in the order of its tokens; blocks."""
+    if isinstance(part, KdaSnapshot):
+        state.import_snapshot(part)
+    else:
+        state.import_latents(part.start, part.latents)
+
+
+def descriptor_of(
+    part: StatePart, encoded: EncodedSegment, codec: Codec, key: str, owner: str, epoch: int
+) -> SegmentDescriptor:
+    """Announce a part of a state that was encoded, to be found under a key."""
+    covered = range_of(part)
+    return SegmentDescriptor(
+        key=key,
+        kind=encoded.kind,
+        producer=owner,
+        epoch=epoch,
+        first_layer=covered.first_layer,
+        layers=covered.layers,
+        codec=codec.name,
+        start=covered.start,
+        stop=covered.stop,
+        wire_bytes=len(encoded.data),
+        raw_bytes=encoded.raw_bytes,
+        checksum=encoded.checksum,
+    )
 
 
 def described(segment: SegmentDescriptor) -> dict[str, object]:

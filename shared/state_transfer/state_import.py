@@ -5,9 +5,8 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Self, TypeAlias
 
 from shared.kimi_linear.request_state import RequestState
-from shared.kimi_linear.snapshot import KdaSnapshot
 from shared.messages import SegmentDescriptor
-from shared.state_transfer.segment_coding import StatePart
+from shared.state_transfer.segment_coding import place
 from shared.state_transfer.state_reader import ReadSegment
 
 _MOST_AT_ONCE: Final = 4
@@ -88,7 +87,7 @@ class StateImport:
             if before is not None:
                 await asyncio.wait([before])
                 before.result()
-            await _to_its_end(asyncio.to_thread(_place, read.part, self._state))
+            await _to_its_end(asyncio.to_thread(place, read.part, self._state))
             self.raw_bytes += segment.raw_bytes
             self.wire_bytes += segment.wire_bytes
             await self._imported(read)
@@ -102,10 +101,3 @@ async def _to_its_end(work: Awaitable[None]) -> None:
     except asyncio.CancelledError:
         await asyncio.wait([working])
         raise
-
-
-def _place(part: StatePart, state: RequestState) -> None:
-    if isinstance(part, KdaSnapshot):
-        state.import_snapshot(part)
-    else:
-        state.import_latents(part.start, part.latents)

@@ -13,8 +13,7 @@ from shared.errors import first_error
 from shared.messages import SegmentDescriptor
 from shared.state_blob.codecs import Codec
 from shared.state_blob.prefix_hash import PrefixNames
-from shared.state_blob.segment import EncodedSegment
-from shared.state_transfer.segment_coding import SegmentCoding, StatePart, range_of
+from shared.state_transfer.segment_coding import SegmentCoding, StatePart, descriptor_of
 from shared.streams import keys
 
 
@@ -84,26 +83,7 @@ class StateWriter:
         started = monotonic()
         codec = self._codec_of(part)
         encoded = self._coding.encode(part, self._names, self._owner, self._epoch, codec)
-        segment = self._describe(part, encoded, codec)
-        return WrittenSegment(part, segment, encoded.data, monotonic() - started)
-
-    def _describe(
-        self, part: StatePart, encoded: EncodedSegment, codec: Codec
-    ) -> SegmentDescriptor:
-        covered = range_of(part)
         key = keys.segment(self._owner, self._epoch, self._numbered)
         self._numbered += 1
-        return SegmentDescriptor(
-            key=key,
-            kind=encoded.kind,
-            producer=self._owner,
-            epoch=self._epoch,
-            first_layer=covered.first_layer,
-            layers=covered.layers,
-            codec=codec.name,
-            start=covered.start,
-            stop=covered.stop,
-            wire_bytes=len(encoded.data),
-            raw_bytes=encoded.raw_bytes,
-            checksum=encoded.checksum,
-        )
+        segment = descriptor_of(part, encoded, codec, key, self._owner, self._epoch)
+        return WrittenSegment(part, segment, encoded.data, monotonic() - started)

@@ -9,7 +9,7 @@ STATE_LEASES: Final = "prfaas:state:leases"
 """Sorted set: request id by the time (ms, Redis clock) at which its published state expires."""
 
 STATE_TERMS: Final = "prfaas:{state-terms}:held"
-"""String: model and shapes of the states that the live workers around them agree on."""
+"""String: model, shapes and key of the states that the live workers around them agree on."""
 
 READER_CODECS: Final = "prfaas:{state-terms}:reader-codecs"
 """Sorted set: codecs that a kind of reader knows, by the time (ms) until which one is alive."""

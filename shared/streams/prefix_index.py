@@ -221,16 +221,6 @@ class PrefixIndex:
             outcome = await run_script(self._redis, script, names, *offered)
         return "lost" if outcome == b"broken" else cast("Adoption", outcome.decode())
 
-    async def unpin(self, request_id: str) -> None:
-        """Let go of what a request pins; its state's end does so, too."""
-        await run_script(
-            self._redis,
-            "unpin_prefix",
-            [keys.prefix_pins(request_id)],
-            request_id,
-            keys.PREFIX_PINNED,
-        )
-
     async def forget_segment(self, key: str, *, of_snapshot: bool) -> None:
         """Remove what a segment that was found lost or damaged belongs to.
 

@@ -25,8 +25,8 @@ class RegionTerms:
         """Agree to the terms for `ttl_seconds`, or set them if nobody holds any.
 
         Raises:
-            IncompatibleWorkerError: workers that are alive have another model, or one whose state
-                has other shapes.
+            IncompatibleWorkerError: workers that are alive have another model, one whose state has
+                other shapes, or another key to sign with.
         """
         terms = f"model {worker.fingerprint}, state {worker.layout}, signed with {worker.signing}"
         held = await run_script(

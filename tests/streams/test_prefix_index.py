@@ -329,14 +329,16 @@ async def test_a_pin_ends_with_the_lease(redis: Redis, index: PrefixIndex) -> No
     assert await index.evict(name("ab")) == 1
 
 
-async def test_a_request_that_is_unpinned_holds_nothing(redis: Redis, index: PrefixIndex) -> None:
+async def test_a_node_is_pinned_until_the_last_of_its_requests_ends(
+    redis: Redis, index: PrefixIndex
+) -> None:
     await fill(redis, "r1", "abcd", 2)
+    first, second = await Request.begun(redis, "r2"), await Request.begun(redis, "r3")
     for request_id in ("r2", "r3"):
-        await Request.begun(redis, request_id)
         await index.match(names("abcd"), request_id)
-    await index.unpin("r2")
+    await first.release()
     assert (await summary(index, "abcd")).pinned
-    await index.unpin("r3")
+    await second.release()
     assert not (await summary(index, "abcd")).pinned
     assert [key async for key in redis.scan_iter("prfaas:prefix:pin*")] == []
 

@@ -196,13 +196,10 @@ class PrefixIndexMachine(RuleBasedStateMachine):
 
         self.runner.run(evict())
 
-    @rule(request=REQUESTS, how=st.sampled_from(["release", "unpin", "lease", "expire"]))
+    @rule(request=REQUESTS, how=st.sampled_from(["release", "lease", "expire"]))
     def end(self, request: str, how: str) -> None:
         async def end() -> None:
             ending = await self._request(request)
-            if how == "unpin":
-                await self.index.unpin(ending.request_id)
-                return
             self.ended += 1
             del self.requests[request]
             if how == "release":

@@ -24,7 +24,7 @@ from shared.settings import DecodeWorkerSettings
 from shared.state_blob.prefix_hash import PrefixNames
 from shared.state_transfer.segment_codecs import SegmentCodecs
 from shared.state_transfer.segment_coding import SegmentCoding
-from shared.state_transfer.state_import import StateImport
+from shared.state_transfer.state_import import StateImport, nothing_more
 from shared.state_transfer.state_reader import StateReader
 from shared.streams import keys
 from shared.streams.bulk_reader import BulkReader
@@ -117,6 +117,31 @@ async def test_requests_that_bring_the_same_segment_at_once_leave_it_to_the_cach
                     await pieces.finish()
         left = (await own_index.match(names.blocks, None)).latent_tokens
     assert left == nodes[-1].latents.stop
+
+
+async def test_a_closed_cache_of_the_own_region_gives_what_it_has_and_takes_nothing(
+    engine: Engine,
+    redis: Redis,
+    bulk: BulkReader,
+    queue: JobQueue,
+    prefill: PrefillHandler,
+    index: PrefixIndex,
+    coding: SegmentCoding,
+) -> None:
+    names = coding.names(PROMPT, b"")
+    await queue.enqueue(job(), 10)
+    await prefill.run(await begin_next(queue))
+    latents = (await index.match(names.blocks, None)).latents
+    store = StateStore(redis, "prefill")
+    await store.release("r1")
+    for node in latents:  # as in a region that nobody prefills in
+        await index.evict_snapshot(node.name)
+    await index.close()
+    metrics = DecodeMetrics(CollectorRegistry())
+    cache = RegionCache(store, index, StateReader(bulk, coding), 60, metrics)
+    with engine.new_state(len(PROMPT)) as state:
+        async with cache.copy(names, state) as own:
+            assert own == RegionCopy(latents[-1].latents.stop, nothing_more)
 
 
 async def test_a_reader_that_lost_a_segment_forgets_that_one_and_none_that_came_after(

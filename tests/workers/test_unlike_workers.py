@@ -14,7 +14,7 @@ from shared.kimi_linear.presets import write_random_checkpoint
 from shared.kimi_linear.request_state import RequestState
 from shared.messages import SegmentDescriptor, SegmentReady
 from shared.state_blob.codecs import ZSTD
-from shared.state_transfer.segment_coding import LatentsPart, SegmentCoding
+from shared.state_transfer.segment_coding import LatentsPart, SegmentCoding, descriptor_of
 from shared.state_transfer.state_import import StateImport
 from shared.state_transfer.state_reader import StateReader
 from shared.streams.bulk_reader import BulkReader
@@ -116,20 +116,9 @@ async def test_latents_in_half_the_width_are_widened_by_the_reader(
     with engine.new_state(len(PROMPT)) as state:
         engine.prefill([PROMPT], [state])
         latents = state.export_latents(0, 64).to(torch.bfloat16)
-    encoded = coding.encode(LatentsPart(0, 64, latents), names, "r1", 1, ZSTD)
-    segment = SegmentDescriptor(
-        key="k",
-        kind="mla",
-        producer="r1",
-        epoch=1,
-        layers=len(latents),
-        codec="zstd",
-        start=0,
-        stop=64,
-        wire_bytes=len(encoded.data),
-        raw_bytes=encoded.raw_bytes,
-        checksum=encoded.checksum,
-    )
+    written = LatentsPart(0, 64, latents)
+    encoded = coding.encode(written, names, "r1", 1, ZSTD)
+    segment = descriptor_of(written, encoded, ZSTD, "k", "r1", 1)
     part = coding.decode(segment, memoryview(bytearray(encoded.data)), names)
     assert isinstance(part, LatentsPart)
     assert part.latents.dtype == torch.float32
