@@ -17,11 +17,14 @@ COPY models /source/models
 COPY services /source/services
 COPY shared /source/shared
 RUN /opt/prfaas/bin/pip install --constraint /source/constraints.txt /source
+# For this machine's kind of processor; on another one a container compiles them at its start.
+RUN NUMBA_CACHE_DIR=/opt/prfaas/kernels /opt/prfaas/bin/python -m shared.compile_kernels
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/prfaas /opt/prfaas
 RUN useradd --system --uid 10001 --no-create-home prfaas && install --directory --owner prfaas /model
-ENV PATH=/opt/prfaas/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/prfaas/bin:$PATH NUMBA_CACHE_DIR=/opt/prfaas/kernels \
+    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER prfaas
 WORKDIR /tmp
 CMD ["prfaas", "--help"]

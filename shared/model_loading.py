@@ -28,6 +28,8 @@ async def load_engine(settings: WorkerSettings, compute: ComputeThread, slots: i
         progress=ProgressLog("loading model"),
         hash_progress=ProgressLog("hashing model"),
     )
+    log.info("warming up", note="kernels are compiled once for each kind of processor")
+    await compute.run(engine.warm_up)
     log.info(
         "model loaded",
         fingerprint=engine.fingerprint,

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio.connection import parse_url
 
+from shared.cache_directory import user_cache_directory
 from shared.kernels.dtypes import WeightDTypeChoice
 from shared.messages import Identifier
 from shared.quantities import Bandwidth, Delay, Probability
@@ -65,15 +66,6 @@ def _check_target(target: str) -> str:
 
 Address = Annotated[str, AfterValidator(_check_address)]
 Target = Annotated[str, AfterValidator(_check_target)]
-
-
-def user_cache_directory() -> Path | None:
-    """Where the XDG Base Directory Specification puts our cache; None for a user without a home."""
-    home = os.path.expanduser("~")
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.join(home, ".cache")
-    return Path(base) / "prfaas" if os.path.isabs(base) else None
 
 
 class Settings(BaseSettings):

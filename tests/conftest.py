@@ -12,6 +12,7 @@ from testcontainers.core.container import DockerContainer
 from testcontainers.core.wait_strategies import LogMessageWaitStrategy
 
 from services.cli.embedded_valkey import embedded_valkey
+from shared.cache_directory import user_cache_directory
 
 # The fixture removes its container itself; the reaper would be one more image to pull.
 os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
@@ -19,8 +20,11 @@ os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
 
 @pytest.fixture(scope="session", autouse=True)
 def caches_of_the_test_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Leave the developer's own caches alone."""
+    """Leave the developer's own caches alone, but for compiled kernels, which take a minute."""
+    own = user_cache_directory()
     with pytest.MonkeyPatch.context() as patch:
+        if own is not None and "NUMBA_CACHE_DIR" not in os.environ:
+            patch.setenv("NUMBA_CACHE_DIR", str(own / "kernels"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
         yield
 

@@ -72,9 +72,13 @@ def run(directory: Path, steps: int) -> None:
     if checkpoint.exists():
         trainer.restore(checkpoint)
     batches = Batches(recipe, works, tokenizer)
-    while trainer.step < recipe.steps:
+    while trainer.step < recipe.all_steps:
         started, used = time.monotonic(), time.process_time()
-        report = trainer.train(batches.batch(trainer.step))
+        if trainer.step < recipe.steps:
+            batch = batches.batch(trainer.step)
+        else:
+            batch = batches.with_own_loops(trainer.step, trainer.parameters)
+        report = trainer.train(batch)
         entry: dict[str, Any] = {
             "step": trainer.step,
             **asdict(report),
@@ -86,7 +90,7 @@ def run(directory: Path, steps: int) -> None:
                 trainer.parameters, recipe.config, held_out, tokenizer
             )
         _log(directory / LOG_FILE, entry)
-        if trainer.step % SAVE_EVERY == 0 or trainer.step == recipe.steps:
+        if trainer.step % SAVE_EVERY == 0 or trainer.step == recipe.all_steps:
             trainer.save(checkpoint)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from shared.kimi_linear.tokenizer.interface import Tokenizer
 from training.corpus import Document
 from training.escapes import with_loops
-from training.recall import RecallTexts, WeightedTokens, draw_facts
+from training.own_loops import CONTINUED, PROMPT, own_loops
+from training.recall import UNSCORED, RecallTexts, WeightedTokens, draw_facts
 from training.recipe import Recipe
 from training.tokenizer import EOS
 
@@ -30,7 +31,8 @@ class TrainingBatch:
     Attributes:
         inputs: `[R, T]`, int64.
         targets: `[R, T]`, the token after each.
-        weights: `[R, T]`, what the prediction of each target counts.
+        weights: `[R, T]`, what the prediction of each target counts; below 0, what it counts that
+            the target is not predicted.
         is_answer: `[R, T]`, whether the target answers a question.
         is_recall: `[R]`.
     """
@@ -42,12 +44,20 @@ class TrainingBatch:
     is_recall: Tensor
 
     @property
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it, in the order above."""
         return self.inputs, self.targets, self.weights, self.is_answer, self.is_recall
+
+    def with_first(self, row: "TrainingBatch") -> "TrainingBatch":
+        """Put another sequence in the place of the first one that is no recall text."""
+        first = int((~self.is_recall).nonzero()[0])
+        kept = [n for n in range(len(self.is_recall)) if n != first]
+        pairs = zip(row.tensors, self.tensors, strict=True)
+        return TrainingBatch(*(torch.cat((own, x[kept])) for own, x in pairs))
 
     def shards(self, count: int) -> "list[TrainingBatch]":
         """Divide the sequences among `count` batches."""
-        parts = (x.chunk(count) for x in self._tensors)
+        parts = (x.chunk(count) for x in self.tensors)
         return [TrainingBatch(*tensors) for tensors in zip(*parts, strict=True)]
 
 
@@ -67,6 +77,7 @@ class Batches:
         self._recipe = recipe
         self._works = works
         self._recall = RecallTexts(tokenizer)
+        self._end = tokenizer.special_tokens[EOS]
 
     def batch(self, step: int) -> TrainingBatch:
         """The data of a step."""
@@ -75,6 +86,19 @@ class Batches:
         first = step * (self._recipe.step_tokens // self._recipe.phases[0].length)
         return self._stack([self._sequence(first + row, step) for row in range(rows)])
 
+    def with_own_loops(self, step: int, parameters: Mapping[str, Tensor]) -> TrainingBatch:
+        """The data of a step behind the others: a sequence of it is of the model's own making."""
+        batch, length = self.batch(step), self._recipe.phase(step).length
+        count = length // (PROMPT + CONTINUED)
+        prompts = [
+            self._text(step * count + n, random.Random(f"own {step} {n}"), PROMPT)
+            for n in range(count)
+        ]
+        texts = own_loops(parameters, self._recipe.config, prompts, self._recipe.own_loop_weight)
+        own = WeightedTokens([self._end], [UNSCORED])
+        own.extend(texts)
+        return batch.with_first(self._stack([(own, False)]))
+
     def _sequence(self, number: int, step: int) -> tuple[WeightedTokens, bool]:
         phase = self._recipe.phase(step)
         source = random.Random(f"{self._recipe.seed} {number}")
@@ -82,7 +106,8 @@ class Batches:
         text = self._text(number, source, length)
         if number % self._recipe.recall_every:
             if phase.loops_every and source.randrange(phase.loops_every) == 0:
-                return with_loops(source, text, length, phase.escape_weight), False
+                weights = phase.escape_weight, phase.loop_weight
+                return with_loops(source, text, length, *weights), False
             return WeightedTokens(text, [1.0] * length), False
         if phase.drills:
             return self._recall.drill(source, phase.facts, length, phase.answer_weight), True

@@ -1,7 +1,9 @@
 """Text that gets stuck and goes on: what teaches a small model to leave a loop.
 
 A model that looks up what came before copies itself for ever once it has repeated itself. Here a
-piece of a text comes several times in a row; only what leaves the repetition is scored.
+piece of a text comes several times in a row. From the third time on its tokens are to be unlikely
+(unlikelihood training, arXiv 1908.04319), and what leaves the repetition counts more than other
+text. The second time counts nothing: a text may say a thing twice.
 """
 
 import random
@@ -9,16 +11,20 @@ from typing import Final
 
 from training.recall import UNSCORED, WeightedTokens
 
-PIECE: Final = (1, 24)
+PIECE: Final = (1, 32)
 """Least and most tokens that are repeated."""
-REPEATS: Final = (2, 4)
+REPEATS: Final = (2, 5)
 """How often they come again."""
 BETWEEN: Final = (40, 120)
 """Tokens of the text before the next repetition."""
 
 
 def with_loops(
-    random_source: random.Random, text: list[int], length: int, escape_weight: float
+    random_source: random.Random,
+    text: list[int],
+    length: int,
+    escape_weight: float,
+    loop_weight: float,
 ) -> WeightedTokens:
     """A text of `length` tokens with loops in it.
 
@@ -27,6 +33,7 @@ def with_loops(
         text: at least `length` tokens.
         length: of all.
         escape_weight: of the first token behind a repetition; other tokens of the text have 1.
+        loop_weight: of the tokens that are to be unlikely, which have it with a minus sign.
     """
     tokens = WeightedTokens.none()
     start, weight = 0, 1.0
@@ -35,6 +42,7 @@ def with_loops(
         tokens.add(text[start : start + 1], weight)
         tokens.add(text[start + 1 : stop])
         piece = text[stop - random_source.randint(*PIECE) : stop]
-        tokens.add(piece * random_source.randint(*REPEATS), UNSCORED)
+        tokens.add(piece, UNSCORED)
+        tokens.add(piece * (random_source.randint(*REPEATS) - 1), -loop_weight)
         start, weight = stop, escape_weight
     return WeightedTokens(tokens.ids[:length], tokens.weights[:length])

@@ -15,7 +15,7 @@ from shared.kernels.batch import Batch
 from shared.kernels.cpu.experts import GroupedExperts
 from shared.kernels.cpu.linear import PlainLinear
 from shared.kernels.dispatch import Kernels
-from shared.kernels.linear import Experts
+from shared.kernels.linear import Experts, GatedFeedForward, Linear
 
 CHUNK: Final = 32
 """Tokens between two updates of the recurrent state; sequences have a multiple of it."""
@@ -39,12 +39,12 @@ def training_kernels(observe_choices: Callable[[Tensor], None]) -> Kernels:
         state_dtype="float32",
         linear=PlainLinear,
         experts=experts,
-        convolution=short_convolution,
+        feed_forward=_feed_forward,
+        convolved_heads=convolved_heads,
         kda=kda,
         latent_attention=latent_attention,
         rms_norm=rms_norm,
         gated_rms_norm=gated_rms_norm,
-        l2_normalize=l2_normalize,
     )
 
 
@@ -54,10 +54,9 @@ class _ObservedExperts:
     def __init__(
         self, gate_and_up: Tensor, down: Tensor, observe_choices: Callable[[Tensor], None]
     ) -> None:
-        self._experts = GroupedExperts[Tensor](
+        self._experts = GroupedExperts(
             [PlainLinear(weight) for weight in gate_and_up],
             [PlainLinear(weight) for weight in down],
-            prepare=lambda x: x,
         )
         self._observe_choices = observe_choices
 
@@ -65,6 +64,10 @@ class _ObservedExperts:
         """See `Experts`."""
         self._observe_choices(experts)
         return self._experts(x, experts, shares)
+
+
+def _feed_forward(gate_and_up: Tensor, down: Tensor) -> Linear:
+    return GatedFeedForward(PlainLinear(gate_and_up), PlainLinear(down))
 
 
 # --- normalisations --------------------------------------------------------------------------
@@ -80,16 +83,25 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> T
     return rms_norm(x, weight, epsilon) * torch.sigmoid(gate)
 
 
-def l2_normalize(x: Tensor, epsilon: float) -> Tensor:
-    """`cpu.normalization.l2_normalize`."""
-    return x * (x.square().sum(dim=-1, keepdim=True) + epsilon).rsqrt()
-
-
 # --- operations over time --------------------------------------------------------------------
 
 
+def convolved_heads(
+    x: Tensor, weight: Tensor, states: Tensor, batch: Batch, heads: int, epsilon: float
+) -> Tensor:
+    """`cpu.convolution.convolved_heads` from empty states."""
+    convolved = functional.silu(short_convolution(x, weight, states, batch))
+    by_head = convolved.view(x.shape[0], 3, heads, -1)
+    return torch.cat((l2_normalize(by_head[:, :2], epsilon), by_head[:, 2:]), dim=1)
+
+
+def l2_normalize(x: Tensor, epsilon: float) -> Tensor:
+    """Divide by the length of the last dimension: x / sqrt(sum(x^2) + epsilon)."""
+    return x * (x.square().sum(dim=-1, keepdim=True) + epsilon).rsqrt()
+
+
 def short_convolution(x: Tensor, weight: Tensor, states: Tensor, batch: Batch) -> Tensor:
-    """`cpu.convolution.short_convolution` from empty states."""
+    """`reference.short_convolution` of each sequence from an empty state."""
     del states
     sequences = x.view(_sequences(batch), -1, x.shape[-1])
     taps, tokens = weight.shape[0] - 1, sequences.shape[1]

@@ -60,7 +60,10 @@ class Question:
 
 @dataclass(slots=True)
 class WeightedTokens:
-    """Token ids, and what each counts in the loss when it is predicted."""
+    """Token ids, and what each counts in the loss when it is predicted.
+
+    A weight below 0 is of a token that is to be unlikely.
+    """
 
     ids: list[int]
     weights: list[float]
@@ -133,7 +136,7 @@ class RecallTexts:
         tail = WeightedTokens.none()
         for n, fact in enumerate(asked):
             tail.add(self._next_question if n else self._tokenizer.encode("\n"))
-            tail.extend(self._bound(fact.question, fact, of_key=UNSCORED))
+            tail.extend(self._bound(fact.question, fact))
             tail.add(self._answer_opening)
             tail.extend(
                 self._bound(fact.statement, fact, of_key=key_weight, of_value=answer_weight)
@@ -149,11 +152,14 @@ class RecallTexts:
         length: int,
         answer_weight: float,
     ) -> WeightedTokens:
-        """The text with its facts, and after it the facts that are `asked`, said once more."""
+        """The text with its facts, and after it the facts that are `asked`, said once more.
+
+        Of the facts only the words that answer are scored, so that they do not come up unasked.
+        """
         tail = WeightedTokens.none()
         for fact in asked:
-            tail.add(self._tokenizer.encode("\n"))
-            tail.extend(self._bound(fact.statement, fact, of_key=UNSCORED, of_value=answer_weight))
+            tail.add(self._tokenizer.encode("\n"), UNSCORED)
+            tail.extend(self._bound(fact.statement, fact, of_value=answer_weight, of_rest=UNSCORED))
         return self._fill((), facts, filler, tail, length)
 
     def drill(
@@ -166,9 +172,7 @@ class RecallTexts:
             for fact in facts:
                 tokens.extend(self._said(fact))
             for fact in random_source.sample(facts, count):
-                tokens.extend(
-                    self._bound(fact.statement, fact, of_key=UNSCORED, of_value=answer_weight)
-                )
+                tokens.extend(self._bound(fact.statement, fact, of_value=answer_weight))
                 tokens.add(self._tokenizer.encode("\n"))
         return WeightedTokens(tokens.ids[:length], tokens.weights[:length])
 
@@ -196,17 +200,23 @@ class RecallTexts:
         return Question(tuple(prompt), answer)
 
     def _bound(
-        self, text: str, fact: Fact, *, of_key: float = 1.0, of_value: float = UNSCORED
+        self,
+        text: str,
+        fact: Fact,
+        *,
+        of_key: float = UNSCORED,
+        of_value: float = UNSCORED,
+        of_rest: float = 1.0,
     ) -> WeightedTokens:
-        """A sentence about a fact, with weights of the two words that it binds."""
+        """A sentence about a fact, with weights of the two words that it binds and of the rest."""
         tokens = WeightedTokens.none()
         before, _, after = text.partition(f" {fact.key}")
-        tokens.add(self._tokenizer.encode(before))
+        tokens.add(self._tokenizer.encode(before), of_rest)
         tokens.add(self._tokenizer.encode(f" {fact.key}"), of_key)
         middle, value, end = after.partition(f" {fact.value}")
-        tokens.add(self._tokenizer.encode(middle))
+        tokens.add(self._tokenizer.encode(middle), of_rest)
         tokens.add(self._tokenizer.encode(value), of_value)
-        tokens.add(self._tokenizer.encode(end))
+        tokens.add(self._tokenizer.encode(end), of_rest)
         return tokens
 
     def _fill(
@@ -236,10 +246,11 @@ class RecallTexts:
         return tokens
 
     def _said(self, fact: Fact) -> WeightedTokens:
+        """A fact where a text says it first: scored, it would come up in any text."""
         tokens = WeightedTokens.none()
         tokens.add(self._tokenizer.encode("\n"), UNSCORED)
-        tokens.extend(self._bound(fact.statement, fact, of_key=UNSCORED))
-        tokens.add(self._tokenizer.encode("\n"))
+        tokens.extend(self._bound(fact.statement, fact, of_rest=UNSCORED))
+        tokens.add(self._tokenizer.encode("\n"), UNSCORED)
         return tokens
 
 

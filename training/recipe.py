@@ -27,6 +27,7 @@ class Phase:
         chat_part: of the recall texts that are chats; the others say facts once more.
         loops_every: one other text in so many gets stuck and goes on (`escapes`); 0 is none.
         escape_weight: of the token that leaves a loop.
+        loop_weight: of the tokens that go on in a loop, which are to be unlikely.
     """
 
     first_step: int
@@ -40,6 +41,7 @@ class Phase:
     chat_part: float = 0.7
     loops_every: int = 0
     escape_weight: float = 5.0
+    loop_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,9 @@ class Recipe:
     """A training run.
 
     The data of a step depends on the step alone, and the learning rate falls at the end only, so a
-    run may be cut short: give it fewer steps before its last `decay_steps` begin.
+    run may be cut short: give it fewer steps before its last `decay_steps` begin. In
+    `own_loop_steps` more, at a lower rate, a sequence of each is what the model makes of text
+    (`own_loops`).
     """
 
     config: KimiLinearConfig
@@ -56,6 +60,13 @@ class Recipe:
     steps: int
     warmup_steps: int
     decay_steps: int
+    own_loop_steps: int = 0
+    own_loop_rounds: int = 1
+    """How often these steps are taken."""
+    own_loop_pace: float = 0.3
+    """The part of the learning rates that each round begins with."""
+    own_loop_weight: float = 2.0
+    """Of the tokens that go on in a loop of the model's own, which are to be unlikely."""
     matrix_learning_rate: float = 0.02
     """Of Muon, for the matrices between embedding and head."""
     matrix_momentum: float = 0.95
@@ -78,6 +89,11 @@ class Recipe:
     because sums of other parts round otherwise."""
     seed: int = 0
 
+    @property
+    def all_steps(self) -> int:
+        """With those over the model's own loops."""
+        return self.steps + self.own_loop_rounds * self.own_loop_steps
+
     def phase(self, step: int) -> Phase:
         """The one that a step belongs to."""
         return next(phase for phase in reversed(self.phases) if phase.first_step <= step)
@@ -85,8 +101,12 @@ class Recipe:
     def pace(self, step: int) -> float:
         """The part of the learning rates that holds at a step.
 
-        Warm-up, a plateau, then a line to zero, which is reached after the last step.
+        Warm-up, a plateau, then a line to zero, which is reached after the last of `steps`; then
+        another such line for each round behind them.
         """
+        if step >= self.steps and self.own_loop_steps:
+            steps_left = self.own_loop_steps - (step - self.steps) % self.own_loop_steps
+            return self.own_loop_pace * steps_left / (self.own_loop_steps + 1)
         warmed = min(1.0, (step + 1) / self.warmup_steps)
         left = min(1.0, (self.steps - step) / (self.decay_steps + 1))
         return warmed * left
@@ -144,16 +164,18 @@ TINY: Final = Recipe(
             length=1024,
             facts=12,
             answer_weight=8,
-            key_weight=10,
+            key_weight=20,
             asked_in_chat=1,
-            chat_part=0.4,
-            loops_every=2,
-            escape_weight=15,
+            chat_part=0.5,
+            loops_every=3,
+            escape_weight=10,
         ),
     ),
     step_tokens=4096,
-    steps=760,
+    steps=1100,
     warmup_steps=30,
-    decay_steps=280,
+    decay_steps=350,
+    own_loop_steps=160,
+    own_loop_rounds=2,
 )
 """The model that ships with the project."""

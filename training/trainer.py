@@ -21,6 +21,9 @@ from training.muon import Muon
 from training.parameters import CHOICE_BIAS, Parameters, initial_parameters, weights_of
 from training.recipe import Recipe
 
+SURE: Final = 1e-5
+"""The least `-log p` for which `-log(1 - p)` is told apart from that of p = 1, where it ends."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -62,6 +65,17 @@ def forward(
     return model.logits(model(inputs.flatten(), pool, batch))
 
 
+def weighted_loss(losses: Tensor, weights: Tensor) -> Tensor:
+    """The sum over targets: likelihood where weights are above 0, unlikelihood where below.
+
+    Args:
+        losses: `-log p` of each target `[T]`.
+        weights: `[T]`; a target with a weight below 0 costs `-log(1 - p)` (arXiv 1908.04319).
+    """
+    unlikely = -torch.log(-torch.expm1(-losses.clamp(min=SURE)))
+    return (weights.relu() * losses + (-weights).relu() * unlikely).sum()
+
+
 class Trainer:
     """A model in training.
 
@@ -97,7 +111,7 @@ class Trainer:
     def train(self, batch: TrainingBatch) -> StepReport:
         """Take the next step on a batch."""
         shards = batch.shards(self.recipe.shards)
-        total = float(batch.weights.sum())
+        total = float(batch.weights.abs().sum())
         passes = list(self._pool.map(lambda shard: self._pass(shard, total), shards))
         for n, parameter in enumerate(self._learned):
             parameter.grad = passes[0].gradients[n]
@@ -118,7 +132,7 @@ class Trainer:
         logits = forward(self.parameters, self.recipe.config, shard.inputs, tally)
         targets = shard.targets.flatten()
         losses = functional.cross_entropy(logits, targets, reduction="none")
-        loss = (losses * shard.weights.flatten()).sum() / total_weight
+        loss = weighted_loss(losses, shard.weights.flatten()) / total_weight
         gradients = torch.autograd.grad(loss, self._learned)
         is_found = logits.detach().argmax(dim=-1) == targets
         return _Pass(gradients, losses.detach(), is_found, tally)

@@ -9,15 +9,21 @@ from torch import Tensor
 
 from shared.errors import UnsupportedDeviceError
 from shared.kernels.batch import Batch
-from shared.kernels.cpu.convolution import short_convolution
-from shared.kernels.cpu.experts import float_experts
-from shared.kernels.cpu.int8 import Int8Linear, int8_experts
+from shared.kernels.cpu.convolution import convolved_heads
+from shared.kernels.cpu.experts import GroupedExperts
+from shared.kernels.cpu.feed_forward import TiledExperts, TiledFeedForward
 from shared.kernels.cpu.kda import kda
-from shared.kernels.cpu.linear import float_linear
+from shared.kernels.cpu.linear import MatrixUnitLinear, TiledLinear
+from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.cpu.mla import latent_attention
-from shared.kernels.cpu.normalization import gated_rms_norm, l2_normalize, rms_norm
+from shared.kernels.cpu.normalization import gated_rms_norm, rms_norm
 from shared.kernels.dtypes import StateDType, WeightDType
-from shared.kernels.linear import Experts, Linear
+from shared.kernels.linear import Experts, GatedFeedForward, Linear
+
+AUTOMATIC: Final[WeightDType] = "bfloat16"
+"""What `auto` is on every device: the width of the published weights, so nothing is rounded, with
+half of what fp32 reads from memory. Matrix units (AMX, tensor cores) round activations to it too;
+on other processors they are fp32. int8 rounds the weights, and has to be asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +42,10 @@ class Kernels:
     """Matrix `[outputs, inputs]` -> product; the matrix itself need not be kept."""
     experts: Callable[[Tensor, Tensor], Experts]
     """Gate above up `[E, 2 * I, hidden]`, down `[E, hidden, I]` -> experts."""
-    convolution: Callable[[Tensor, Tensor, Tensor, Batch], Tensor]
-    """x, weight, states, batch -> convolved: `cpu.convolution.short_convolution`."""
+    feed_forward: Callable[[Tensor, Tensor], Linear]
+    """Gate above up `[2 * I, hidden]`, down `[hidden, I]` -> down(silu(gate x) * up x)."""
+    convolved_heads: Callable[[Tensor, Tensor, Tensor, Batch, int, float], Tensor]
+    """x, weight, states, batch, H, epsilon -> q, k, v: `cpu.convolution.convolved_heads`."""
     kda: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Batch], Tensor]
     """q, k, v, g, beta, states, batch -> o: `cpu.kda.kda`."""
     latent_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, Batch], Tensor]
@@ -46,8 +54,6 @@ class Kernels:
     """x, weight, epsilon -> normalised."""
     gated_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """x, gate, weight, epsilon -> normalised and gated."""
-    l2_normalize: Callable[[Tensor, float], Tensor]
-    """x, epsilon -> normalised."""
 
 
 def kernels_for(device_type: str, dtype: WeightDType) -> Kernels:
@@ -58,7 +64,7 @@ def kernels_for(device_type: str, dtype: WeightDType) -> Kernels:
             machine has no such device.
     """
     if device_type == "cpu":
-        return _CPU[dtype]
+        return _MATRIX_UNITS if dtype == "bfloat16" and _has_matrix_units() else _CPU[dtype]
     if device_type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedDeviceError("device: torch finds no CUDA device on this machine")
     if device_type == "cuda":
@@ -69,30 +75,43 @@ def kernels_for(device_type: str, dtype: WeightDType) -> Kernels:
     raise UnsupportedDeviceError(f"device: there are no kernels for a {device_type!r} device")
 
 
-_CPU_FLOAT32: Final = Kernels(
-    loaded_dtype=torch.float32,
-    activation_dtype=torch.float32,
-    state_dtype="float32",
-    linear=float_linear,
-    experts=float_experts,
-    convolution=short_convolution,
-    kda=kda,
-    latent_attention=latent_attention,
-    rms_norm=rms_norm,
-    gated_rms_norm=gated_rms_norm,
-    l2_normalize=l2_normalize,
-)
+def _tiled(dtype: torch.dtype, form: Callable[[Tensor], Matrix]) -> Kernels:
+    """Kernels with weights in a form that the compiled ones read."""
+    return Kernels(
+        loaded_dtype=dtype,
+        activation_dtype=torch.float32,
+        state_dtype="float32",
+        linear=lambda weight: TiledLinear(form(weight)),
+        experts=lambda gate_and_up, down: TiledExperts(form(gate_and_up), form(down)),
+        feed_forward=lambda gate_and_up, down: TiledFeedForward(
+            form(gate_and_up.unsqueeze(0)), form(down.unsqueeze(0))
+        ),
+        convolved_heads=convolved_heads,
+        kda=kda,
+        latent_attention=latent_attention,
+        rms_norm=rms_norm,
+        gated_rms_norm=gated_rms_norm,
+    )
+
+
 _CPU: Final[dict[WeightDType, Kernels]] = {
-    "float32": _CPU_FLOAT32,
-    "int8": replace(_CPU_FLOAT32, linear=Int8Linear, experts=int8_experts),
-    "bfloat16": replace(_CPU_FLOAT32, loaded_dtype=torch.bfloat16),
+    "float32": _tiled(torch.float32, Matrix.of),
+    "bfloat16": _tiled(torch.bfloat16, Matrix.of),
+    "int8": _tiled(torch.float32, Matrix.rounded),
 }
+_MATRIX_UNITS: Final = replace(
+    _CPU["bfloat16"],
+    linear=MatrixUnitLinear,
+    experts=lambda gate_and_up, down: GroupedExperts(
+        [MatrixUnitLinear(weight) for weight in gate_and_up],
+        [MatrixUnitLinear(weight) for weight in down],
+    ),
+    feed_forward=lambda gate_and_up, down: GatedFeedForward(
+        MatrixUnitLinear(gate_and_up), MatrixUnitLinear(down)
+    ),
+)
+"""bf16 on processors that have units for products of such matrices."""
 
 
-def fastest_dtype(device_type: str) -> WeightDType:
-    """Choose by the processor: bf16 where it has matrix units for it, fp32 otherwise.
-
-    Published weights are bf16, so neither rounds them. int8 does, and has to be asked for.
-    """
-    has_matrix_units = device_type != "cpu" or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
-    return "bfloat16" if has_matrix_units else "float32"
+def _has_matrix_units() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())  # noqa: SLF001

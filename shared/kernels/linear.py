@@ -1,8 +1,10 @@
 """The model's matrices as its layers see them: something that multiplies, in whatever form."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+from torch.nn import functional
 
 
 class Linear(Protocol):
@@ -28,3 +30,18 @@ class Experts(Protocol):
             `[T, hidden]` in the dtype of `x`.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class GatedFeedForward:
+    """down(silu(gate x) * up x), of two products."""
+
+    gate_and_up: Linear
+    """`[2 * I, hidden]`."""
+    down: Linear
+    """`[hidden, I]`."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[T, hidden]` to `[T, hidden]`."""
+        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
+        return self.down(functional.silu(gate).mul_(up))

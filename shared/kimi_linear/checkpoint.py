@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from shared.kernels.dispatch import Kernels
+from shared.kernels.linear import Linear
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.read_progress import ReadProgress, unobserved
 from shared.kimi_linear.safetensors_header import Shape
 from shared.kimi_linear.tensor_files import TensorFiles
 from shared.kimi_linear.weights import (
-    DenseWeights,
     KdaWeights,
     LayerWeights,
     MixtureWeights,
@@ -158,7 +158,7 @@ def _mla(
             )
         ),
         latent_norm=checkpoint.vector(f"{prefix}.kv_a_layernorm.weight", rank),
-        key_value_up=key_value_up.view(heads, nope + value, rank),
+        key_value_up=key_value_up.view(heads, nope + value, rank).to(kernels.activation_dtype),
         output=kernels.linear(
             checkpoint.matrix(f"{prefix}.o_proj.weight", (hidden, heads * value))
         ),
@@ -167,17 +167,15 @@ def _mla(
 
 def _dense(
     checkpoint: TensorSource, kernels: Kernels, prefix: str, hidden: int, width: int
-) -> DenseWeights:
-    return DenseWeights(
-        gate_and_up=kernels.linear(
-            checkpoint.stacked(
-                {
-                    f"{prefix}.gate_proj.weight": (width, hidden),
-                    f"{prefix}.up_proj.weight": (width, hidden),
-                }
-            )
+) -> Linear:
+    return kernels.feed_forward(
+        checkpoint.stacked(
+            {
+                f"{prefix}.gate_proj.weight": (width, hidden),
+                f"{prefix}.up_proj.weight": (width, hidden),
+            }
         ),
-        down=kernels.linear(checkpoint.matrix(f"{prefix}.down_proj.weight", (hidden, width))),
+        checkpoint.matrix(f"{prefix}.down_proj.weight", (hidden, width)),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from shared.errors import InvalidRequestError
 from shared.kernels.batch import Batch
 from shared.kernels.cpu.memory import keep_freed_memory
-from shared.kernels.dispatch import fastest_dtype, kernels_for
+from shared.kernels.dispatch import AUTOMATIC, kernels_for
 from shared.kernels.dtypes import WeightDType, WeightDTypeChoice
 from shared.kimi_linear.checkpoint import load_weights
 from shared.kimi_linear.config import KimiLinearConfig
@@ -28,6 +28,9 @@ SLICE_TOKENS: Final = 512
 """Tokens that go through all layers together: activations of more leave the processor's cache."""
 
 DEFAULT_SLOT_TOKENS: Final = 8192
+
+WARM_UP_TOKENS: Final = 160
+"""More than any kernel computes in one piece."""
 
 Slice = list[tuple[int, int, int]]
 """Requests whose tokens are computed together, each with the range of its tokens."""
@@ -97,8 +100,7 @@ class Engine:
 
         Args:
             directory: `config.json` and safetensors files in the published layout.
-            dtype: of the weights; `auto` takes what the processor multiplies fastest without
-                another rounding than the published one.
+            dtype: of the weights; `auto` is bf16, the width of the published ones.
             device: `cpu` or `cuda`, which computes and holds weights and states.
             threads: processor threads of this process's tensor operations; None leaves them as
                 they are.
@@ -114,7 +116,7 @@ class Engine:
         if threads is not None:
             torch.set_num_threads(threads)
         config = KimiLinearConfig.from_directory(directory)
-        chosen = fastest_dtype(device) if dtype == "auto" else dtype
+        chosen = AUTOMATIC if dtype == "auto" else dtype
         kernels = kernels_for(device, chosen)
         with torch.inference_mode(), torch.device(device):
             weights = load_weights(directory, config, kernels, progress)
@@ -129,6 +131,18 @@ class Engine:
         # After loading: what is hashed is in the page cache now.
         identify = cache.fingerprint if cache else fingerprint
         return cls(model, config, identify(directory, hash_progress), chosen, pool)
+
+    def warm_up(self) -> None:
+        """Run a few tokens of no request, so that all kernels are compiled before the first one.
+
+        Raises:
+            NoRoomError: other requests have all the room.
+        """
+        tokens = min(WARM_UP_TOKENS, self.capacity, self.config.model_max_length)
+        with self.new_state(tokens) as state:
+            for count in (tokens - 3, 2):  # many queries, then few after many keys
+                self.prefill([[0] * count], [state])
+            self.decode([0], [state])
 
     @property
     def capacity(self) -> int:

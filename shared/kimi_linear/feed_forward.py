@@ -1,23 +1,11 @@
-"""The feed-forward part of a layer: dense, or a mixture of experts."""
+"""The feed-forward part of most layers: a mixture of experts."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from shared.kimi_linear.config import KimiLinearConfig
-from shared.kimi_linear.weights import DenseWeights, MixtureWeights
-
-
-class DenseFeedForward:
-    """down(silu(gate x) * up x)."""
-
-    def __init__(self, weights: DenseWeights) -> None:
-        self._weights = weights
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[T, hidden]` to `[T, hidden]`."""
-        gate, up = self._weights.gate_and_up(x).chunk(2, dim=-1)
-        return self._weights.down(functional.silu(gate).mul_(up))
+from shared.kimi_linear.weights import MixtureWeights
 
 
 class MixtureOfExperts:
@@ -26,7 +14,6 @@ class MixtureOfExperts:
     def __init__(self, weights: MixtureWeights, config: KimiLinearConfig) -> None:
         self._weights = weights
         self._config = config
-        self._shared = None if weights.shared is None else DenseFeedForward(weights.shared)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, hidden]` to `[T, hidden]`."""
@@ -34,7 +21,8 @@ class MixtureOfExperts:
             x, self._weights.router, self._weights.choice_bias, self._config
         )
         output = self._weights.experts(x, experts, shares)
-        return output if self._shared is None else output + self._shared(x)
+        shared = self._weights.shared
+        return output if shared is None else output + shared(x)
 
 
 def choose_experts(

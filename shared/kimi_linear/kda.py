@@ -31,15 +31,17 @@ class KdaAttention:
         """Attend the batch's tokens, `[T, hidden]`, and advance their requests' KDA states."""
         weights, kernels = self._weights, self._kernels
         inputs, low_rank = self._project(x)
-        convolved = kernels.convolution(
-            inputs, weights.convolution, pool.convolution[self._index], batch
-        )
-        attended = kernels.kda(
-            *self._heads_of(convolved),
-            *self._decay_and_step(low_rank),
-            pool.recurrent[self._index],
+        heads = kernels.convolved_heads(
+            inputs,
+            weights.convolution,
+            pool.convolution[self._index],
             batch,
+            self._heads,
+            L2_EPSILON,
         )
+        q, k, v = heads.unbind(dim=1)
+        g, beta = self._decay_and_step(low_rank)
+        attended = kernels.kda(q, k, v, g, beta, pool.recurrent[self._index], batch)
         gate = weights.gate_up(low_rank[:, self._head_dim : 2 * self._head_dim])
         gated = kernels.gated_rms_norm(
             attended, gate.view(attended.shape), weights.output_norm, self._epsilon
@@ -51,13 +53,6 @@ class KdaAttention:
         channels = 3 * self._heads * self._head_dim
         projected = self._weights.projections(x)
         return projected[:, :channels], projected[:, channels:]
-
-    def _heads_of(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, each `[T, H, K]`."""
-        activated = functional.silu(convolved, inplace=True)
-        heads = activated.view(-1, 3, self._heads, self._head_dim)
-        query, key = self._kernels.l2_normalize(heads[:, :2], L2_EPSILON).unbind(dim=1)
-        return query, key, heads[:, 2]
 
     def _decay_and_step(self, low_rank: Tensor) -> tuple[Tensor, Tensor]:
         """Log decays g `[T, H, K]` and steps beta `[T, H]`, fp32."""

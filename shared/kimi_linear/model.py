@@ -10,11 +10,11 @@ from torch.nn import functional
 from shared.kernels.batch import Batch
 from shared.kernels.dispatch import Kernels
 from shared.kimi_linear.config import KimiLinearConfig
-from shared.kimi_linear.feed_forward import DenseFeedForward, MixtureOfExperts
+from shared.kimi_linear.feed_forward import MixtureOfExperts
 from shared.kimi_linear.kda import KdaAttention
 from shared.kimi_linear.mla import MlaAttention
 from shared.kimi_linear.state_pool import StatePool
-from shared.kimi_linear.weights import DenseWeights, KdaWeights, LayerWeights, ModelWeights
+from shared.kimi_linear.weights import KdaWeights, LayerWeights, MixtureWeights, ModelWeights
 
 LayerPassed: TypeAlias = Callable[[int], object]
 """Is told of a layer, counted from 0, whose part of the states is final until more tokens come."""
@@ -125,6 +125,6 @@ def _build_attention(
 
 
 def _build_feed_forward(layer: LayerWeights, config: KimiLinearConfig) -> FeedForward:
-    if isinstance(layer.feed_forward, DenseWeights):
-        return DenseFeedForward(layer.feed_forward)
-    return MixtureOfExperts(layer.feed_forward, config)
+    if isinstance(layer.feed_forward, MixtureWeights):
+        return MixtureOfExperts(layer.feed_forward, config)
+    return layer.feed_forward

@@ -48,16 +48,6 @@ class MlaWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class DenseWeights:
-    """One gated feed-forward part of width I."""
-
-    gate_and_up: Linear
-    """`[2 * I, hidden]`."""
-    down: Linear
-    """`[hidden, I]`."""
-
-
-@dataclass(frozen=True, slots=True)
 class MixtureWeights:
     """E experts of width I, their router, and the shared experts as one dense part."""
 
@@ -67,7 +57,7 @@ class MixtureWeights:
     """e_score_correction_bias, `[E]`, fp32."""
     experts: Experts
     """w1 and w3 (gate above up), `[E, 2 * I, hidden]`, and w2 (down), `[E, hidden, I]`."""
-    shared: DenseWeights | None
+    shared: Linear | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +69,8 @@ class LayerWeights:
     attention: KdaWeights | MlaWeights
     feed_forward_norm: Tensor
     """`[hidden]`, fp32."""
-    feed_forward: DenseWeights | MixtureWeights
+    feed_forward: Linear | MixtureWeights
+    """The first is dense: down(silu(gate x) * up x)."""
 
 
 @dataclass(frozen=True, slots=True)

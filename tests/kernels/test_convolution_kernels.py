@@ -1,4 +1,4 @@
-"""The short convolution sees exactly the inputs before a token, across any cut of the sequence."""
+"""Queries, keys and values come from exactly the inputs before a token, across any cut."""
 
 import pytest
 import torch
@@ -9,19 +9,32 @@ from torch.nn import functional
 
 from shared.kernels import reference
 from shared.kernels.batch import Batch
-from shared.kernels.cpu.convolution import short_convolution
+from shared.kernels.cpu.convolution import convolved_heads
 from tests.kernels.packing import SLOTS, other_slots, scattered
 
-CHANNELS = 12
+HEADS, WIDTH = 2, 5
+CHANNELS = 3 * HEADS * WIDTH
 TAPS = 3
+EPSILON = 1e-6
 
 
 def random_states() -> Tensor:
     return torch.randn(SLOTS, TAPS, CHANNELS)
 
 
+def heads_of(x: Tensor, weight: Tensor, states: Tensor, batch: Batch) -> Tensor:
+    return convolved_heads(x, weight, states, batch, HEADS, EPSILON)
+
+
+def activated(convolved: Tensor) -> Tensor:
+    """SiLU, then heads, the queries and keys of which are normalised."""
+    heads = functional.silu(convolved).view(-1, 3, HEADS, WIDTH)
+    lengths = (heads[:, :2].square().sum(-1, keepdim=True) + EPSILON).sqrt()
+    return torch.cat((heads[:, :2] / lengths, heads[:, 2:]), dim=1)
+
+
 def expected_of(x: Tensor, weight: Tensor, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The plain form for each request by itself: outputs, and all states after them."""
+    """The plain form for each request by itself: heads, and all states after them."""
     outputs, after = [], states.clone()
     for part in batch.parts:
         slot = part.placement.slot
@@ -29,7 +42,7 @@ def expected_of(x: Tensor, weight: Tensor, states: Tensor, batch: Batch) -> tupl
             x[part.start : part.stop], weight, states[slot]
         )
         outputs.append(output)
-    return torch.cat(outputs), after
+    return activated(torch.cat(outputs)), after
 
 
 @pytest.mark.parametrize(
@@ -40,7 +53,7 @@ def test_it_is_the_plain_sum_for_each_request(counts: tuple[int, ...]) -> None:
     x = torch.randn(batch.rows, 2 * CHANNELS)[:, :CHANNELS]  # as a part of a wider projection
     expected, expected_states = expected_of(x, weight, states, batch)
     untouched = states[other_slots(batch)].clone()
-    torch.testing.assert_close(short_convolution(x, weight, states, batch), expected)
+    torch.testing.assert_close(heads_of(x, weight, states, batch), expected)
     assert torch.equal(states, expected_states)
     assert torch.equal(states[other_slots(batch)], untouched)
 
@@ -49,8 +62,8 @@ def test_without_earlier_inputs_it_is_a_causal_depthwise_convolution() -> None:
     x, weight = torch.randn(20, CHANNELS), torch.randn(TAPS + 1, CHANNELS)
     padded = functional.pad(x.T, (TAPS, 0))
     expected = functional.conv1d(padded, weight.T.unsqueeze(1), groups=CHANNELS).T
-    output = short_convolution(x, weight, torch.zeros(SLOTS, TAPS, CHANNELS), scattered([20]))
-    torch.testing.assert_close(output, expected)
+    output = heads_of(x, weight, torch.zeros(SLOTS, TAPS, CHANNELS), scattered([20]))
+    torch.testing.assert_close(output, activated(expected))
 
 
 @settings(max_examples=50, deadline=None)
@@ -75,7 +88,7 @@ def test_sequences_may_be_cut_anywhere_each_in_its_own_way(
             sequence[start : start + count]
             for sequence, start, count in zip(sequences, done, counts, strict=True)
         ]
-        output = short_convolution(torch.cat(x), weight, states, batch)
+        output = heads_of(torch.cat(x), weight, states, batch)
         for request, piece in enumerate(torch.split(output, counts)):
             pieces[request].append(piece)
         done = [start + count for start, count in zip(done, counts, strict=True)]
@@ -86,9 +99,9 @@ def test_sequences_may_be_cut_anywhere_each_in_its_own_way(
 def test_decode_steps_continue_a_prefill() -> None:
     x, weight = torch.randn(2, 20, CHANNELS), torch.randn(TAPS + 1, CHANNELS)
     whole_states, states = torch.zeros(2, SLOTS, TAPS, CHANNELS).unbind()
-    whole = short_convolution(x.flatten(0, 1), weight, whole_states, scattered([20, 20]))
-    short_convolution(x[:, :5].flatten(0, 1), weight, states, scattered([5, 5]))
+    whole = heads_of(x.flatten(0, 1), weight, whole_states, scattered([20, 20]))
+    heads_of(x[:, :5].flatten(0, 1), weight, states, scattered([5, 5]))
     for t in range(5, 20):
-        output = short_convolution(x[:, t], weight, states, scattered([1, 1]))
-        torch.testing.assert_close(output, whole.view(2, 20, CHANNELS)[:, t])
+        output = heads_of(x[:, t], weight, states, scattered([1, 1]))
+        torch.testing.assert_close(output, whole.view(2, 20, *whole.shape[1:])[:, t])
     assert torch.equal(states, whole_states)

@@ -5,10 +5,11 @@ import torch
 
 from shared.errors import UnsupportedDeviceError
 from shared.kernels.cpu.kda import kda
-from shared.kernels.dispatch import fastest_dtype, kernels_for
+from shared.kernels.cpu.linear import MatrixUnitLinear, TiledLinear
+from shared.kernels.dispatch import kernels_for
 
 
-def test_a_cpu_gets_the_torch_kernels() -> None:
+def test_a_cpu_gets_the_compiled_kernels() -> None:
     assert kernels_for("cpu", "float32").kda is kda
 
 
@@ -29,9 +30,12 @@ def test_a_gpu_that_is_not_there_is_refused_by_name() -> None:
         kernels_for("cuda", "float32")
 
 
-@pytest.mark.parametrize(("has_tiles", "expected"), [(True, "bfloat16"), (False, "float32")])
-def test_the_fastest_width_is_bf16_exactly_where_there_are_matrix_units_for_it(
-    monkeypatch: pytest.MonkeyPatch, has_tiles: bool, expected: str
+@pytest.mark.parametrize(("has_units", "linear"), [(True, MatrixUnitLinear), (False, TiledLinear)])
+def test_bf16_takes_matrix_units_exactly_where_there_are_any(
+    monkeypatch: pytest.MonkeyPatch, has_units: bool, linear: type
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
-    assert fastest_dtype("cpu") == expected
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_units)
+    monkeypatch.setattr(MatrixUnitLinear, "__init__", lambda self, weight: None)
+    made = kernels_for("cpu", "bfloat16").linear(torch.ones(8, 16, dtype=torch.bfloat16))
+    assert isinstance(made, linear)
+    assert isinstance(kernels_for("cpu", "float32").linear(torch.ones(8, 16)), TiledLinear)

@@ -1,5 +1,7 @@
 """Experts, however their tokens are grouped, sum what a plain loop over tokens sums."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,14 +9,32 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from shared.kernels.cpu.experts import Grouping, float_experts
-from shared.kernels.cpu.int8 import int8_experts
+from shared.kernels.cpu.experts import GroupedExperts, Grouping
+from shared.kernels.cpu.feed_forward import TiledExperts, TiledFeedForward
+from shared.kernels.cpu.linear import PlainLinear
+from shared.kernels.cpu.matrix import Matrix
+from shared.kernels.linear import Experts, GatedFeedForward
 
 EXPERTS, HIDDEN, WIDTH, CHOICES = 8, 24, 16, 3
 
 
-BF16_ERROR = 0.01
-"""Relative; a bf16 number has 8 significant bits."""
+FORMS: dict[str, Callable[[Tensor, Tensor], Experts]] = {
+    "float32": lambda up, down: TiledExperts(Matrix.of(up), Matrix.of(down)),
+    "bfloat16": lambda up, down: TiledExperts(Matrix.of(up.bfloat16()), Matrix.of(down.bfloat16())),
+    "int8": lambda up, down: TiledExperts(Matrix.rounded(up), Matrix.rounded(down)),
+    "plain": lambda up, down: GroupedExperts(
+        [PlainLinear(weight) for weight in up], [PlainLinear(weight) for weight in down]
+    ),
+}
+
+
+def rounded(weight: Tensor, form: str) -> Tensor:
+    """The numbers that a form of the weights holds."""
+    if form == "int8":
+        matrix = Matrix.rounded(weight)
+        scales = torch.from_numpy(matrix.scales).double()
+        return torch.from_numpy(matrix.values).double() * scales.unsqueeze(-1)
+    return weight.bfloat16().double() if form == "bfloat16" else weight.double()
 
 
 @pytest.fixture
@@ -56,13 +76,15 @@ CHOSEN = {
 }
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CHOSEN)
-def test_experts_are_the_plain_sum(weights: tuple[Tensor, Tensor], case: str) -> None:
+def test_experts_are_the_plain_sum(weights: tuple[Tensor, Tensor], case: str, form: str) -> None:
     tokens, among = CHOSEN[case]
     x, experts = torch.randn(tokens, HIDDEN), choices(tokens, among)
     shares = torch.rand(tokens, CHOICES)
-    output = float_experts(*weights)(x, experts, shares)
-    expected = plain_sum(x, experts, shares, *weights)
+    output = FORMS[form](*weights)(x, experts, shares)
+    expected = plain_sum(x, experts, shares, *(rounded(weight, form) for weight in weights))
+    assert output.dtype == torch.float32
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -70,30 +92,37 @@ def test_experts_are_the_plain_sum(weights: tuple[Tensor, Tensor], case: str) ->
 @given(
     tokens=st.integers(1, 60),
     among=st.sets(st.integers(0, EXPERTS - 1), min_size=CHOICES),
+    threads=st.integers(1, 3),
     seed=st.integers(0, 2**16),
 )
-def test_any_choice_is_the_plain_sum(tokens: int, among: set[int], seed: int) -> None:
+def test_any_choice_is_the_plain_sum(tokens: int, among: set[int], threads: int, seed: int) -> None:
     torch.manual_seed(seed)
-    gate_and_up, down = random_weights()
+    torch.set_num_threads(threads)
+    weights = random_weights()
     x, experts = torch.randn(tokens, HIDDEN), choices(tokens, sorted(among))
     shares = torch.rand(tokens, CHOICES)
-    output = float_experts(gate_and_up, down)(x, experts, shares)
-    expected = plain_sum(x, experts, shares, gate_and_up, down)
+    output = FORMS["float32"](*weights)(x, experts, shares)
+    expected = plain_sum(x, experts, shares, *weights)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CHOSEN)
-def test_bf16_experts_cost_their_rounding_and_give_fp32(
-    weights: tuple[Tensor, Tensor], case: str
+def test_what_experts_make_of_a_token_is_bit_for_bit_the_same_in_any_batch(
+    weights: tuple[Tensor, Tensor],
 ) -> None:
-    tokens, among = CHOSEN[case]
-    x, experts = torch.randn(tokens, HIDDEN), choices(tokens, among)
-    shares = torch.rand(tokens, CHOICES)
-    narrow = [weight.bfloat16() for weight in weights]
-    output = float_experts(*narrow)(x, experts, shares)
-    expected = plain_sum(x, experts, shares, *(weight.float() for weight in narrow))
-    assert output.dtype == torch.float32
-    assert float((output - expected).norm() / expected.norm()) < BF16_ERROR
+    x, experts = torch.randn(40, HIDDEN), choices(40, list(range(EXPERTS)))
+    shares, form = torch.rand(40, CHOICES), FORMS["bfloat16"](*weights)
+    together = form(x, experts, shares)
+    for rows in (slice(0, 1), slice(3, 10), slice(39, 40)):
+        assert torch.equal(form(x[rows], experts[rows], shares[rows]), together[rows])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_a_dense_part_is_a_mixture_of_one(weights: tuple[Tensor, Tensor], tokens: int) -> None:
+    x = torch.randn(tokens, HIDDEN)
+    (gate_and_up, *_), (down, *_) = weights
+    tiled = TiledFeedForward(Matrix.of(gate_and_up.unsqueeze(0)), Matrix.of(down.unsqueeze(0)))
+    plain = GatedFeedForward(PlainLinear(gate_and_up), PlainLinear(down))
+    torch.testing.assert_close(tiled(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=50)
@@ -108,17 +137,3 @@ def test_grouping_sorts_by_expert_and_back(tokens: int, distinct: int, seed: int
     assert torch.equal(by_expert[grouping.place], experts.flatten())
     token_of_choice = torch.arange(tokens).repeat_interleave(experts.shape[1])
     assert torch.equal(grouping.tokens[grouping.place], token_of_choice)
-
-
-def test_int8_experts_are_the_plain_sum_of_rounded_weights(weights: tuple[Tensor, Tensor]) -> None:
-    x, experts = torch.randn(20, HIDDEN), choices(20, list(range(EXPERTS)))
-    shares = torch.rand(20, CHOICES)
-    rounded = [round_to_int8(weight) for weight in weights]
-    output = int8_experts(*weights)(x, experts, shares)
-    expected = plain_sum(x, experts, shares, *rounded)
-    torch.testing.assert_close(output.double(), expected, rtol=2e-3, atol=2e-3)
-
-
-def round_to_int8(weight: Tensor) -> Tensor:
-    scale = weight.abs().amax(dim=-1, keepdim=True) / 127
-    return (weight / scale).round() * scale

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from shared.kernels.batch import Batch
 from shared.kernels.cpu.kda import kda
+from shared.kernels.cpu.kda_prefill import CHUNK
 from shared.kernels.reference import kda_recurrence
 from tests.kernels.packing import SLOTS, other_slots, scattered
 
@@ -76,9 +77,17 @@ def load_case(case: str) -> tuple[Operands, Tensor, Tensor]:
     return (q, k, v, g, beta, initial_state), o, final_state
 
 
-def random_operands(*, tokens: int, decay: float, batch: int = 1, seed: int = 0) -> Operands:
+def random_operands(
+    *,
+    tokens: int,
+    decay: float,
+    batch: int = 1,
+    heads: int = 2,
+    key: int = 16,
+    value: int = 24,
+    seed: int = 0,
+) -> Operands:
     generator = torch.Generator().manual_seed(seed)
-    heads, key, value = 2, 16, 24
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
@@ -152,6 +161,30 @@ def test_packed_requests_are_each_computed_as_alone(
     assert torch.equal(states[others], before[others])
 
 
+@pytest.mark.parametrize("form", [chunked, step_by_step])
+@pytest.mark.parametrize(("key", "value"), [(4, 4), (20, 28), (33, 70), (128, 144)])
+def test_heads_may_have_any_number_of_channels(form: KdaForm, key: int, value: int) -> None:
+    operands = random_operands(tokens=70, decay=1.0, key=key, value=value)
+    expected_o, expected_state = kda_recurrence(*(x.double() for x in operands))
+    o, state = form(*operands)
+    assert relative_error(o, expected_o) < TOLERANCE
+    assert relative_error(state, expected_state) < TOLERANCE
+
+
+@pytest.mark.parametrize("counts", [[70], [1, 1, 1]])
+def test_operands_may_be_slices_of_one_projection(counts: list[int]) -> None:
+    batch = scattered(counts)
+    projected = functional.normalize(torch.randn(batch.rows, 3, 2, 16), dim=-1)
+    q, k, v = projected.unbind(dim=1)
+    g, beta = -torch.rand(batch.rows, 2, 16), torch.rand(batch.rows, 2)
+    states = torch.randn(SLOTS, 2, 16, 16)
+    same_states = states.clone()
+    o = kda(q, k, v, g, beta, states, batch)
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    assert torch.equal(kda(q, k, v, g, beta, same_states, batch), o)
+    assert torch.equal(same_states, states)
+
+
 @pytest.mark.parametrize("split", [1, 63, 64, 65, 127, 128, 130])
 def test_a_sequence_may_be_continued_at_any_token(split: int) -> None:
     q, k, v, g, beta, initial = random_operands(tokens=200, decay=1.0)
@@ -161,6 +194,34 @@ def test_a_sequence_may_be_continued_at_any_token(split: int) -> None:
     second, state = chunked(q[:, tail], k[:, tail], v[:, tail], g[:, tail], beta[:, tail], state)
     torch.testing.assert_close(torch.cat((first, second), dim=1), expected_o, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [CHUNK, 3 * CHUNK])
+def test_a_sequence_continued_where_a_chunk_begins_is_the_same_to_the_bit(split: int) -> None:
+    q, k, v, g, beta, initial = random_operands(tokens=4 * CHUNK + 5, decay=1.0)
+    whole, whole_state = chunked(q, k, v, g, beta, initial)
+    head, tail = slice(split), slice(split, None)
+    first, state = chunked(q[:, head], k[:, head], v[:, head], g[:, head], beta[:, head], initial)
+    second, state = chunked(q[:, tail], k[:, tail], v[:, tail], g[:, tail], beta[:, tail], state)
+    assert torch.equal(torch.cat((first, second), dim=1), whole)
+    assert torch.equal(state, whole_state)
+
+
+def test_a_packed_request_is_bit_for_bit_what_it_is_alone_in_any_number_of_threads() -> None:
+    batch = scattered([70, 1, 33, 130])
+    (q, k, v, g, beta, _) = (x[0] for x in random_operands(tokens=batch.rows, decay=1.0, heads=3))
+    states = torch.randn(SLOTS, *q.shape[1:], v.shape[-1])
+    states_alone = states.clone()
+    torch.set_num_threads(2)
+    together = kda(q, k, v, g, beta, states, batch)
+    torch.set_num_threads(1)
+    for part in batch.parts:
+        if part.tokens > 1:
+            rows = slice(part.start, part.stop)
+            alone = Batch.pack([part.tokens], [0], [part.placement])
+            o = kda(q[rows], k[rows], v[rows], g[rows], beta[rows], states_alone, alone)
+            assert torch.equal(together[rows], o)
+            assert torch.equal(states[part.placement.slot], states_alone[part.placement.slot])
 
 
 def test_a_request_in_a_decode_step_is_bit_for_bit_what_it_is_alone() -> None:

@@ -1,22 +1,39 @@
 """Every form of a matrix multiplies as the matrix does, within what its width allows."""
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shared.kernels.cpu.int8 import BASE, LARGEST_DIGIT, Digits, Int8Linear
-from shared.kernels.cpu.linear import (
-    PACKED_FROM,
-    PackedLinear,
-    PlainLinear,
-    float_linear,
-)
+from shared.kernels.cpu.linear import MatrixUnitLinear, PlainLinear, TiledLinear
+from shared.kernels.cpu.matrix import Matrix
+from shared.kernels.cpu.products import BLOCK_BYTES, COLUMNS, column_block, multiply
+from shared.kernels.linear import Linear
 
 INPUTS, OUTPUTS = 576, 320
 INT8_ERROR = 0.02
 """Relative; the weights are rounded to 127 steps of each row's largest."""
+MATRIX_UNIT_ERROR = 1e-2
+"""Relative; activations are rounded to 8 bits there."""
+
+FORMS: dict[str, Callable[[Tensor], Linear]] = {
+    "float32": lambda weight: TiledLinear(Matrix.of(weight)),
+    "bfloat16": lambda weight: TiledLinear(Matrix.of(weight.bfloat16())),
+    "int8": lambda weight: TiledLinear(Matrix.rounded(weight)),
+}
+
+
+def rounded(weight: Tensor, form: str) -> Tensor:
+    """The numbers that a form of a matrix holds."""
+    if form == "int8":
+        matrix = Matrix.rounded(weight)
+        scales = torch.from_numpy(matrix.scales).double()
+        return torch.from_numpy(matrix.values).double() * scales.unsqueeze(-1)
+    return weight.bfloat16().double() if form == "bfloat16" else weight.double()
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -28,75 +45,110 @@ def weight() -> Tensor:
     return torch.randn(OUTPUTS, INPUTS) / 24.0
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 64, 300])
-@pytest.mark.parametrize("form", [PlainLinear, PackedLinear])
-def test_fp32_forms_multiply_exactly(
-    weight: Tensor, form: type[PlainLinear | PackedLinear], rows: int
-) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 64, 69, 300])
+@pytest.mark.parametrize("form", FORMS)
+def test_only_the_weights_are_rounded(weight: Tensor, form: str, rows: int) -> None:
     x = torch.randn(rows, INPUTS)
-    expected = x.double() @ weight.double().T
-    assert relative_error(form(weight)(x), expected) < 1e-6
-
-
-def test_bf16_weights_take_and_give_fp32(weight: Tensor) -> None:
-    x = torch.randn(5, INPUTS)
-    product = float_linear(weight.bfloat16())(x)
+    product = FORMS[form](weight)(x)
     assert product.dtype == torch.float32
-    assert relative_error(product, x.double() @ weight.double().T) < 1e-2
+    assert relative_error(product, x.double() @ rounded(weight, form).T) < 1e-6
 
 
-def test_large_matrices_are_packed_and_small_ones_are_not() -> None:
-    assert isinstance(float_linear(torch.randn(PACKED_FROM // 64, 64)), PackedLinear)
-    assert isinstance(float_linear(torch.randn(16, 64)), PlainLinear)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7, 64])
-def test_int8_loses_the_rounding_of_the_weights_and_next_to_nothing_else(
-    weight: Tensor, rows: int
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    inputs=st.integers(1, 40) | st.integers(760, 780) | st.just(1600),
+    outputs=st.integers(1, 80),
+    form=st.sampled_from(sorted(FORMS)),
+    threads=st.integers(1, 3),
+)
+def test_any_shape_is_multiplied_whatever_is_left_over_at_the_edges(
+    rows: int, inputs: int, outputs: int, form: str, threads: int
 ) -> None:
-    x = torch.randn(rows, INPUTS)
-    product = Int8Linear(weight)(x)
-    scale = weight.abs().amax(dim=-1, keepdim=True).double() / 127
-    rounded = (weight.double() / scale).round() * scale
-    assert relative_error(product, x.double() @ rounded.T) < 5e-4
-    assert relative_error(product, x.double() @ weight.double().T) < INT8_ERROR
+    torch.set_num_threads(threads)
+    weight, x = torch.randn(outputs, inputs), torch.randn(rows, inputs)
+    product = FORMS[form](weight)(x)
+    expected = x.double() @ rounded(weight, form).T
+    torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_row_of_an_int8_product_is_bit_for_bit_the_same_in_any_batch(weight: Tensor) -> None:
-    linear, x = Int8Linear(weight), torch.randn(33, INPUTS)
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 70), outputs=st.integers(1, 80), block=st.integers(1, 30))
+def test_nothing_is_written_beside_the_product(rows: int, outputs: int, block: int) -> None:
+    frame = np.full((rows + 2, outputs + 2), np.nan, np.float32)
+    x, weight = torch.randn(rows, 24), Matrix.of(torch.randn(outputs, 24))
+    product = frame[1:-1, 1:-1]
+    multiply(x.numpy(), weight.values, weight.scales, product, block)
+    assert not np.isnan(product).any()
+    assert np.isnan(frame).sum() == frame.size - product.size
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_is_bit_for_bit_the_same_in_any_batch(weight: Tensor, form: str) -> None:
+    linear, x = FORMS[form](weight), torch.randn(133, INPUTS)
     together = linear(x)
-    for row in (0, 1, 32):
-        assert torch.equal(linear(x[row : row + 1])[0], together[row])
+    for first, stop in ((0, 1), (1, 3), (132, 133), (0, 64), (7, 100)):
+        assert torch.equal(linear(x[first:stop]), together[first:stop])
 
 
-@pytest.mark.parametrize("engine", ["onednn", "fbgemm"])
-def test_int8_does_not_depend_on_the_engine_that_torch_prefers(
-    weight: Tensor, engine: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_no_bit(weight: Tensor, threads: int) -> None:
+    x = torch.randn(5, INPUTS)
+    expected = FORMS["float32"](weight)(x)
+    torch.set_num_threads(threads)
+    assert torch.equal(FORMS["float32"](weight)(x), expected)
+
+
+def test_a_part_of_a_wider_projection_is_multiplied_by_itself(weight: Tensor) -> None:
+    wide = torch.randn(5, INPUTS + 40)
+    linear = FORMS["float32"](weight)
+    part = wide[:, 8 : 8 + INPUTS]
+    assert torch.equal(linear(part), linear(part.clone()))
+
+
+@given(outputs=st.integers(1, 10_000), inputs=st.integers(1, 10_000), threads=st.integers(1, 64))
+def test_blocks_are_whole_tiles_and_even_among_threads(
+    outputs: int, inputs: int, threads: int
 ) -> None:
-    monkeypatch.setattr(torch.backends.quantized, "engine", engine)
-    x = torch.randn(2, INPUTS)
-    expected = x.double() @ weight.double().T
-    assert relative_error(Int8Linear(weight)(x), expected) < INT8_ERROR
-    assert torch.backends.quantized.engine == engine, "it was left as it was"
+    block = column_block(outputs, 4 * inputs, threads)
+    assert block % COLUMNS == 0
+    assert 0 < block < outputs / threads + COLUMNS
+    assert block == COLUMNS or block * 4 * inputs <= BLOCK_BYTES + COLUMNS * 4 * inputs
 
 
-def test_rows_of_very_different_sizes_do_not_disturb_each_other(weight: Tensor) -> None:
+def test_int8_rounds_to_the_nearest_of_127_steps() -> None:
+    weight = torch.tensor([[1.0, -0.5, 0.004], [0.0, 0.0, 0.0]])
+    matrix = Matrix.rounded(weight)
+    assert matrix.values.tolist() == [[127, -64, 1], [0, 0, 0]]
+    assert matrix.scales[0] == np.float32(1 / 127)
+
+
+def test_int8_rows_of_very_different_sizes_do_not_disturb_each_other(weight: Tensor) -> None:
     x = torch.randn(3, INPUTS) * torch.tensor([[1e-6], [1.0], [1e6]])
-    product = Int8Linear(weight)(x)
+    product = FORMS["int8"](weight)(x)
     for row in range(3):
         assert relative_error(product[row], x[row].double() @ weight.double().T) < INT8_ERROR
 
 
-def test_a_row_of_zeros_gives_zeros(weight: Tensor) -> None:
-    assert not Int8Linear(weight)(torch.zeros(2, INPUTS)).any()
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_of_zeros_gives_zeros(weight: Tensor, form: str) -> None:
+    assert not FORMS[form](weight)(torch.zeros(2, INPUTS)).any()
 
 
-@settings(max_examples=100)
-@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=50))
-def test_digits_stay_in_their_range_and_give_the_number_back(numbers: list[float]) -> None:
-    x = torch.tensor([numbers])
-    digits = Digits.of(x)
-    assert digits.values.abs().max() <= LARGEST_DIGIT
-    assert torch.equal(digits.values, digits.values.round())
-    back = digits.scale * (BASE * digits.values[0] + digits.values[1])
-    assert (back - x).abs().max() <= 0.51 * float(digits.scale) + 1e-38
+def test_the_plain_form_is_what_autograd_follows(weight: Tensor) -> None:
+    weight.requires_grad_()
+    x = torch.randn(4, INPUTS)
+    product = PlainLinear(weight)(x)
+    assert relative_error(product.detach(), x.double() @ weight.detach().double().T) < 1e-6
+    (gradient,) = torch.autograd.grad(product.sum(), weight)
+    torch.testing.assert_close(gradient, x.sum(dim=0).expand(OUTPUTS, INPUTS))
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bf16 here"
+)
+def test_matrix_units_round_activations_too(weight: Tensor) -> None:
+    x = torch.randn(5, INPUTS)
+    product = MatrixUnitLinear(weight.bfloat16())(x)
+    assert product.dtype == torch.float32
+    assert relative_error(product, x.double() @ weight.double().T) < MATRIX_UNIT_ERROR

@@ -115,3 +115,12 @@ def test_tied_embeddings_serve_as_the_head(
 
 def test_every_layer_may_be_of_either_kind(engine: Engine, reference_directory: Path) -> None:
     assert engine.config.layer_kinds == ("kda", "kda", "kda", "mla") * 2
+
+
+@pytest.mark.parametrize("room", [Room(slots=1, tokens=64), Room(slots=4, tokens=4096)])
+def test_an_engine_warms_up_in_any_room_and_leaves_it_free(
+    reference_directory: Path, room: Room
+) -> None:
+    engine = Engine.load(reference_directory, "float32", room=room)
+    engine.warm_up()
+    assert engine.has_room(engine.capacity)

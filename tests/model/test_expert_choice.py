@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shared.kernels.cpu.experts import float_experts
-from shared.kernels.cpu.linear import PlainLinear
+from shared.kernels.dispatch import kernels_for
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.feed_forward import MixtureOfExperts, choose_experts
-from shared.kimi_linear.weights import DenseWeights, MixtureWeights
+from shared.kimi_linear.weights import MixtureWeights
 
 HIDDEN, EXPERTS, WIDTH, TOKENS = 24, 16, 8, 40
 
@@ -69,14 +68,15 @@ def test_choice_and_shares_are_those_of_a_plain_loop(
 def test_the_mixture_is_the_weighted_sum_of_the_chosen_experts(
     config: KimiLinearConfig, shared: bool
 ) -> None:
+    kernels = kernels_for("cpu", "float32")
     shared_up, shared_down = torch.randn(2 * WIDTH, HIDDEN), torch.randn(HIDDEN, WIDTH)
     gate_and_up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN)
     down = torch.randn(EXPERTS, HIDDEN, WIDTH)
     weights = MixtureWeights(
         router=torch.randn(EXPERTS, HIDDEN),
         choice_bias=torch.randn(EXPERTS),
-        experts=float_experts(gate_and_up, down),
-        shared=DenseWeights(PlainLinear(shared_up), PlainLinear(shared_down)) if shared else None,
+        experts=kernels.experts(gate_and_up, down),
+        shared=kernels.feed_forward(shared_up, shared_down) if shared else None,
     )
 
     def answer(x: Tensor, gate_and_up: Tensor, down: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from tests.model.tolerances import SAME_MODEL_LOGITS
 from training.batches import Batches
 from training.parameters import Parameters, export_checkpoint
 from training.recipe import Recipe
-from training.trainer import ExpertTally, Trainer, forward
+from training.trainer import ExpertTally, Trainer, forward, weighted_loss
 
 
 def rounded(parameters: Parameters) -> Parameters:
@@ -45,6 +45,19 @@ def test_one_batch_is_learned_by_heart(recipe: Recipe, batches: Batches) -> None
     assert first.text_loss > 5
     assert last.text_loss < 0.25
     assert last.recall_accuracy == 1
+
+
+def test_a_negative_weight_makes_a_target_unlikely() -> None:
+    logits = torch.tensor([[2.0, 0.0, -1.0], [40.0, 0.0, 0.0]], requires_grad=True)
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 0]), reduction="none")
+    loss = weighted_loss(losses, torch.tensor([-3.0, -1.0]))
+    likely = logits[0].detach().softmax(0)[0]
+    certain = -torch.log(torch.tensor(1e-5))  # No more than that, so that it stays finite.
+    expected = certain - 3 * torch.log(1 - likely)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-3, atol=0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient[0, 0] > 0 > gradient[0, 1]
+    assert gradient.isfinite().all()
 
 
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(

@@ -80,6 +80,7 @@ async def test_a_worker_logs_loading_and_hashing_under_its_own_name(
     assert [line["event"] for line in lines.entries] == [
         "loading model",
         "hashing model",
+        "warming up",
         "model loaded",
     ]
     assert {line["identity"] for line in lines.entries} == {"prefill-1"}

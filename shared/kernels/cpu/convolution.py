@@ -1,47 +1,107 @@
-"""The short causal convolutions before KDA, as multiply-adds in the layout of the activations."""
+"""What lies between a KDA layer's projection and its recurrence, in one pass over the data."""
 
+import numba
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.kernels.batch import Batch
+from shared.kernels.cpu.compiled import kernel, part
+from shared.kernels.cpu.elementary import silu
+from shared.kernels.cpu.rows import dense_row
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
 
 
-def short_convolution(x: Tensor, weight: Tensor, states: Tensor, batch: Batch) -> Tensor:
-    """Causal depthwise convolution of each request's tokens, continued from its last inputs.
+def convolved_heads(
+    x: Tensor, weight: Tensor, states: Tensor, batch: Batch, heads: int, epsilon: float
+) -> Tensor:
+    """Queries, keys and values: convolved, through SiLU, the first two L2-normalised.
+
+    The convolution is causal and depthwise and goes on from each request's last inputs. Then
+    x * sigmoid(x), and for each head's query and key x / sqrt(sum(x^2) + epsilon).
 
     Args:
-        x: `[T, C]`.
+        x: `[T, C]`, C = 3 * H * K: the inputs of q, k and v.
         weight: `[taps + 1, C]`; its last row weighs the token itself.
         states: `[slots, taps, C]`, oldest input first; those of the batch advance in place.
         batch: of T tokens.
+        heads: H.
+        epsilon: added to the sum of squares.
 
     Returns:
-        `[T, C]`.
+        `[T, 3, H, K]`.
     """
-    if batch.is_decode:
-        return _step(x, weight, states, batch.slots)
-    output = torch.empty(x.shape, dtype=x.dtype)
-    for part in batch.parts:
-        rows = slice(part.start, part.stop)
-        _continue(x[rows], weight, states[part.placement.slot], output[rows])
-    return output
+    convolved = torch.empty(x.shape[0], 3, heads, x.shape[1] // (3 * heads))
+    _convolve(
+        x.numpy(),
+        weight.numpy(),
+        states.numpy(),
+        batch.slots.numpy(),
+        batch.bounds.numpy(),
+        np.float32(epsilon),
+        convolved.numpy(),
+    )
+    return convolved
 
 
-def _continue(x: Tensor, weight: Tensor, state: Tensor, output: Tensor) -> None:
-    """The tokens of one request: each tap is a product of shifted rows."""
-    tokens, taps = x.shape[0], state.shape[0]
-    torch.mul(x, weight[taps], out=output)
-    head = torch.cat((state, x[:taps]))
+@kernel
+def _convolve(
+    x: Floats,
+    weight: Floats,
+    states: Floats,
+    slots: Indices,
+    bounds: Indices,
+    epsilon: np.float32,
+    y: Floats,
+) -> None:
+    """A thread takes some tokens of all requests; the states advance when none needs them."""
+    for row in numba.prange(x.shape[0]):
+        request = np.searchsorted(bounds, row, side="right") - 1
+        token, state = row - bounds[request], states[slots[request]]
+        _convolve_token(x, weight, state, row, token, y[row].reshape(-1))
+        for kind in range(2):
+            for head in range(y.shape[2]):
+                _l2_normalize(y[row, kind, head], epsilon)
+    for request in numba.prange(slots.shape[0]):
+        _advance(states[slots[request]], x[bounds[request] : bounds[request + 1]])
+
+
+@part
+def _convolve_token(
+    x: Floats, weight: Floats, state: Floats, row: int, token: int, y: Floats
+) -> None:
+    """All channels of a token, which is in a row of x and so many behind its request's first."""
+    taps = state.shape[0]
+    own, own_weight = dense_row(x, row), weight[taps]
+    for channel in range(y.shape[0]):
+        y[channel] = own[channel] * own_weight[channel]
     for tap in range(taps):
-        distance = taps - tap
-        near = min(distance, tokens)
-        output[:near].addcmul_(head[tap : tap + near], weight[tap])
-        output[near:].addcmul_(x[: tokens - near], weight[tap])
-    state.copy_(head[tokens:] if tokens < taps else x[tokens - taps :])
+        back = taps - tap
+        earlier = dense_row(x, row - back) if back <= token else state[token + tap]
+        tap_weight = weight[tap]
+        for channel in range(y.shape[0]):
+            y[channel] += earlier[channel] * tap_weight[channel]
+    for channel in range(y.shape[0]):
+        y[channel] = silu(y[channel])
 
 
-def _step(x: Tensor, weight: Tensor, states: Tensor, slots: Tensor) -> Tensor:
-    """One token of each of B requests."""
-    window = torch.cat((states[slots], x.unsqueeze(1)), dim=1)
-    states.index_copy_(0, slots, window[:, 1:])
-    return (window * weight).sum(dim=1)
+@part
+def _l2_normalize(x: Floats, epsilon: np.float32) -> None:
+    squares = np.float32(0)
+    for channel in range(x.shape[0]):
+        squares += x[channel] * x[channel]
+    factor = np.float32(1) / np.sqrt(squares + epsilon)
+    for channel in range(x.shape[0]):
+        x[channel] *= factor
+
+
+@part
+def _advance(state: Floats, x: Floats) -> None:
+    """Keep the last inputs."""
+    taps, tokens = state.shape[0], x.shape[0]
+    for tap in range(taps):
+        source = tokens - taps + tap
+        state[tap] = dense_row(x, source) if source >= 0 else state[tap + tokens]

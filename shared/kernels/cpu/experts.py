@@ -1,15 +1,15 @@
 """The experts of a mixture, each once over all the tokens that chose it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shared.kernels.cpu.linear import float_linear
+from shared.kernels.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,53 +56,24 @@ class Grouping:
         return cls(order.div(experts.shape[1], rounding_mode="floor"), place, groups)
 
 
-class Rows(Protocol):
-    """Activations of some tokens, in the form that an expert's matrices multiply."""
+class GroupedExperts:
+    """Each chosen expert once, over all the tokens that chose it, by torch's operations."""
 
-    def __getitem__(self, rows: slice, /) -> Self:
-        """Those of some of the tokens."""
-        ...
-
-
-OperandT = TypeVar("OperandT", bound=Rows)
-
-
-class GroupedExperts(Generic[OperandT]):
-    """Each chosen expert once, over all the tokens that chose it."""
-
-    def __init__(
-        self,
-        gate_and_up: Sequence[Callable[[OperandT], Tensor]],
-        down: Sequence[Callable[[OperandT], Tensor]],
-        prepare: Callable[[Tensor], OperandT],
-    ) -> None:
-        """Keep E matrices of each kind; `prepare` makes of activations what they multiply."""
+    def __init__(self, gate_and_up: Sequence[Linear], down: Sequence[Linear]) -> None:
+        """Keep E matrices of each kind."""
         self._gate_and_up = gate_and_up
         self._down = down
-        self._prepare = prepare
 
     def __call__(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """See `Experts`."""
         grouping = Grouping.of(experts, len(self._down))
-        raised = _multiply(self._gate_and_up, self._prepare(x[grouping.tokens]), grouping)
+        raised = _multiply(self._gate_and_up, x[grouping.tokens], grouping)
         gate, up = raised.chunk(2, dim=-1)
-        hidden = self._prepare(functional.silu(gate).mul_(up))
-        answers = _multiply(self._down, hidden, grouping)
+        answers = _multiply(self._down, functional.silu(gate).mul_(up), grouping)
         by_choice = answers[grouping.place].view(*experts.shape, -1)
         return torch.bmm(shares.unsqueeze(1), by_choice).squeeze(1)
 
 
-def _multiply(
-    matrices: Sequence[Callable[[OperandT], Tensor]], x: OperandT, grouping: Grouping
-) -> Tensor:
+def _multiply(matrices: Sequence[Linear], x: Tensor, grouping: Grouping) -> Tensor:
     """Sorted choices `[T * k, inputs]`, each with its expert's matrix: `[T * k, outputs]`."""
     return torch.cat([matrices[group.expert](x[group.rows]) for group in grouping.groups])
-
-
-def float_experts(gate_and_up: Tensor, down: Tensor) -> GroupedExperts[Tensor]:
-    """Experts `[E, 2 * I, hidden]` and `[E, hidden, I]` in fp32 or bf16."""
-    return GroupedExperts(
-        [float_linear(weight) for weight in gate_and_up],
-        [float_linear(weight) for weight in down],
-        prepare=lambda x: x,
-    )

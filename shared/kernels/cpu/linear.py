@@ -1,4 +1,4 @@
-"""Products with fixed matrices, in the form that the processor multiplies fastest.
+"""Products with fixed matrices in the forms that processors multiply fastest.
 
 All take and give fp32 activations; only the weights are narrower.
 """
@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shared.kernels.linear import Linear
+from shared.kernels.cpu.matrix import Matrix
+from shared.kernels.cpu.products import column_block, multiply
 
-PACKED_FROM: Final = 2**17
-"""Elements from which packing a matrix gains more than the call into oneDNN costs."""
 ROWS_EXPECTED: Final = 32
 """Rows that the packed layout is chosen for; measured to be good from 1 to 512."""
 
 
 class PlainLinear:
-    """A matrix as it is, in any float dtype."""
+    """A matrix as it is, in any float dtype, through torch: what autograd can follow."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
@@ -28,30 +27,33 @@ class PlainLinear:
         return functional.linear(x.to(self._weight.dtype), self._weight).float()
 
 
-class PackedLinear:
-    """A matrix in oneDNN's blocked layout: about twice as fast as a plain one for a few rows."""
+class MatrixUnitLinear:
+    """A bf16 matrix in oneDNN's layout, for processors with matrix units (AMX).
+
+    Activations are rounded to bf16, too: it is what the units multiply.
+    """
 
     def __init__(self, weight: Tensor) -> None:
-        self._dtype = weight.dtype
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_EXPECTED)  # noqa: SLF001
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, inputs]` to `[T, outputs]`."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
-            x.to(self._dtype), self._packed, None, "none", [], ""
+            x.bfloat16(), self._packed, None, "none", [], ""
         )
         return product.float()
 
 
-def float_linear(weight: Tensor) -> Linear:
-    """Choose the form for a float matrix `[outputs, inputs]`."""
-    if weight.numel() < PACKED_FROM or not _packs(weight.dtype):
-        return PlainLinear(weight)
-    return PackedLinear(weight)
+class TiledLinear:
+    """A matrix of any width through the tiles of `products`."""
 
+    def __init__(self, weight: Matrix) -> None:
+        self._weight = weight
+        self._block = column_block(weight.outputs, weight.row_bytes, torch.get_num_threads())
 
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN takes matrices of this dtype here: bf16 needs a processor that has it."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[T, inputs]` to `[T, outputs]`."""
+        weight = self._weight
+        product = torch.empty(x.shape[0], weight.outputs)
+        multiply(x.numpy(), weight.values, weight.scales, product.numpy(), self._block)
+        return product

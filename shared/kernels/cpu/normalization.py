@@ -1,32 +1,64 @@
-"""Normalisations on the CPU: one reduction and as few passes over the data as torch allows."""
+"""Normalisations on the CPU: a row is read twice, from the cache the second time."""
 
+import numba
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from shared.kernels.cpu.compiled import kernel, part
+from shared.kernels.cpu.elementary import sigmoid
+from shared.kernels.cpu.rows import dense_row
+
+Floats = NDArray[np.float32]
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Divide by the root mean square of the last dimension: x / sqrt(mean(x^2) + epsilon) * w.
 
     Args:
-        x: `[..., D]`, fp32.
+        x: `[T, D]`, fp32.
         weight: `[D]`, fp32.
         epsilon: added to the mean square.
     """
-    return (x * _inverse_root_mean_square(x, epsilon)).mul_(weight)
-
-
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Scale by a gate: rms_norm(x) * sigmoid(gate), both `[..., D]`, fp32."""
-    return torch.sigmoid(gate).mul_(x).mul_(_inverse_root_mean_square(x, epsilon)).mul_(weight)
-
-
-def l2_normalize(x: Tensor, epsilon: float) -> Tensor:
-    """Divide `x` `[..., D]` by the length of its last dimension: x / sqrt(sum(x^2) + epsilon)."""
-    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    normalised: Tensor = x * squares.add_(epsilon).rsqrt_()
+    normalised = torch.empty(x.shape)
+    _rms_norm(x.numpy(), weight.numpy(), np.float32(epsilon), normalised.numpy())
     return normalised
 
 
-def _inverse_root_mean_square(x: Tensor, epsilon: float) -> Tensor:
-    squares: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    return squares.mul_(1 / x.shape[-1]).add_(epsilon).rsqrt_()
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Scale by a gate: rms_norm(x) * sigmoid(gate), both `[T, H, D]`, fp32."""
+    gated = torch.empty(x.shape)
+    _gated_rms_norm(x.numpy(), gate.numpy(), weight.numpy(), np.float32(epsilon), gated.numpy())
+    return gated
+
+
+@kernel
+def _rms_norm(x: Floats, weight: Floats, epsilon: np.float32, y: Floats) -> None:
+    for row in numba.prange(x.shape[0]):
+        own = dense_row(x, row)
+        factor = inverse_root_mean_square(own, epsilon)
+        for channel in range(x.shape[1]):
+            y[row, channel] = own[channel] * factor * weight[channel]
+
+
+@kernel
+def _gated_rms_norm(
+    x: Floats, gate: Floats, weight: Floats, epsilon: np.float32, y: Floats
+) -> None:
+    for row in numba.prange(x.shape[0]):
+        for head in range(x.shape[1]):
+            factor = inverse_root_mean_square(x[row, head], epsilon)
+            for channel in range(x.shape[2]):
+                value = x[row, head, channel] * factor * weight[channel]
+                y[row, head, channel] = value * sigmoid(gate[row, head, channel])
+
+
+@part
+def inverse_root_mean_square(x: Floats, epsilon: np.float32) -> np.float32:
+    """1 / sqrt(mean(x^2) + epsilon) of a row."""
+    squares = np.float32(0)
+    for channel in range(x.shape[0]):
+        squares += x[channel] * x[channel]
+    factor: np.float32 = np.float32(1) / np.sqrt(squares / np.float32(x.shape[0]) + epsilon)
+    return factor

@@ -6,15 +6,16 @@ from torch.nn import functional
 
 from shared.errors import UnsupportedDeviceError
 from shared.kernels.batch import Batch
-from shared.kernels.cpu import mla
 from shared.kernels.dispatch import Kernels
 from shared.kernels.dtypes import WeightDType
+from shared.kernels.linear import GatedFeedForward, Linear
 from shared.kernels.torch_dtypes import TORCH_DTYPES
 from shared.kernels.triton.convolution import convolution_step, short_convolution
 from shared.kernels.triton.experts import GroupedExperts
 from shared.kernels.triton.kda_decode import kda_decode
 from shared.kernels.triton.kda_prefill import kda_prefill
 from shared.kernels.triton.mla_decode import mean_latents
+from shared.kernels.triton.mla_prefill import latent_attention
 from shared.kernels.triton.normalization import gated_rms_norm, l2_normalize, rms_norm
 
 
@@ -34,12 +35,12 @@ def triton_kernels(dtype: WeightDType) -> Kernels:
         state_dtype=dtype,
         linear=_Linear,
         experts=GroupedExperts,
-        convolution=_convolution,
+        feed_forward=_feed_forward,
+        convolved_heads=_convolved_heads,
         kda=_kda,
         latent_attention=_latent_attention,
         rms_norm=rms_norm,
         gated_rms_norm=_gated_rms_norm,
-        l2_normalize=l2_normalize,
     )
 
 
@@ -51,6 +52,19 @@ class _Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self._weight)
+
+
+def _feed_forward(gate_and_up: Tensor, down: Tensor) -> Linear:
+    return GatedFeedForward(_Linear(gate_and_up), _Linear(down))
+
+
+def _convolved_heads(
+    x: Tensor, weight: Tensor, states: Tensor, batch: Batch, heads: int, epsilon: float
+) -> Tensor:
+    activated = functional.silu(_convolution(x, weight, states, batch), inplace=True)
+    by_head = activated.view(x.shape[0], 3, heads, -1)
+    by_head[:, :2] = l2_normalize(by_head[:, :2], epsilon)
+    return by_head
 
 
 def _convolution(x: Tensor, weight: Tensor, states: Tensor, batch: Batch) -> Tensor:
@@ -80,7 +94,7 @@ def _latent_attention(
 ) -> Tensor:
     """Prefill multiplies in blocks of keys, which is work for cuBLAS; decode has a kernel."""
     if not batch.is_decode:
-        return mla.latent_attention(q_nope, q_rope, latents, key_value_up, scale, batch)
+        return latent_attention(q_nope, q_rope, latents, key_value_up, scale, batch)
     nope, rank = q_nope.shape[-1], key_value_up.shape[-1]
     absorbed = torch.bmm(q_nope.transpose(0, 1), key_value_up[:, :nope]).transpose(0, 1)
     queries = scale * torch.cat((absorbed, q_rope), dim=-1)

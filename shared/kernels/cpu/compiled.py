@@ -1,0 +1,118 @@
+"""How the CPU kernels become machine code: by numba, for this processor, kept for the next process.
+
+Arithmetic may be reordered where a kernel is compiled, never while it runs: the same operands give
+the same bits in every process on the same kind of processor. Kernels run in torch's own OpenMP
+threads, without the interpreter's lock.
+"""
+
+import atexit
+import hashlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import numba
+import torch
+
+from shared.cache_directory import user_cache_directory
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
+
+# The OpenMP library that torch has loaded: other threads would wait for these ones.
+numba.config.THREADING_LAYER = "omp"
+
+REORDERED: Final = {"reassoc", "contract", "nsz"}
+"""What LLVM may do to sums and products; infinities and NaNs stay what they are."""
+
+
+def _is_kept() -> bool:
+    """Have numba keep machine code in the user's cache directory, if there is one to write to.
+
+    numba looks at the file that a kernel is written in, not at those that it is compiled with it,
+    so each state of all the sources has a directory of its own. One that is there and can only be
+    read is copied for as long as this process lives.
+    """
+    base = _cache_directory()
+    if base is None:
+        return False
+    directory = base / _hash_of_sources()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (directory / ".writable").touch()
+    except OSError:
+        if not directory.is_dir():
+            return False
+        directory = _copy(directory)
+    numba.config.CACHE_DIR = str(directory)
+    return True
+
+
+def _copy(directory: Path) -> Path:
+    temporary = tempfile.TemporaryDirectory(prefix="prfaas-kernels-")
+    atexit.register(temporary.cleanup)
+    return Path(shutil.copytree(directory, temporary.name, dirs_exist_ok=True))
+
+
+def _cache_directory() -> Path | None:
+    if numba.config.CACHE_DIR:
+        return Path(numba.config.CACHE_DIR)  # NUMBA_CACHE_DIR
+    cache = user_cache_directory()
+    return cache / "kernels" if cache else None
+
+
+def _hash_of_sources() -> str:
+    digest = hashlib.sha256(
+        f"{numba.__version__} {torch.backends.cpu.get_cpu_capability()}".encode()
+    )
+    for source in _sources():
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _sources() -> Iterator[Path]:
+    yield from sorted(Path(__file__).parent.glob("*.py"))
+
+
+_OPTIONS: Final[dict[str, Any]] = {
+    "cache": _is_kept(),
+    "nogil": True,
+    "fastmath": REORDERED,
+    "error_model": "numpy",
+}
+
+
+class _Threads(threading.local):
+    """How many threads kernels that are called from this one run in; 0 before the first."""
+
+    count: int = 0
+
+
+_THREADS: Final = _Threads()
+
+
+def kernel(function: FunctionT) -> FunctionT:
+    """Compile what Python calls: a `prange` in it runs in as many threads as torch's operations."""
+    compiled = numba.njit(parallel=True, **_OPTIONS)(function)
+    most: int = numba.config.NUMBA_NUM_THREADS
+
+    @wraps(function)
+    def call(*arguments: object) -> object:
+        count = torch.get_num_threads()
+        if count != _THREADS.count:
+            numba.set_num_threads(min(count, most))
+            _THREADS.count = count
+        return compiled(*arguments)
+
+    return cast("FunctionT", call)
+
+
+def part(function: FunctionT) -> FunctionT:
+    """Compile what kernels call."""
+    compiled: FunctionT = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(
+        function
+    )
+    return compiled
