@@ -1,12 +1,13 @@
 """How the CPU kernels become machine code: by numba, for this processor, kept for the next process.
 
 Arithmetic may be reordered where a kernel is compiled, never while it runs: the same operands give
-the same bits in every process on the same kind of processor. Kernels run in torch's own OpenMP
-threads, without the interpreter's lock.
+the same bits in every process on the same kind of processor. Kernels run in several threads,
+without the interpreter's lock.
 """
 
 import atexit
 import hashlib
+import importlib
 import shutil
 import tempfile
 import threading
@@ -22,8 +23,20 @@ from shared.cache_directory import user_cache_directory
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
-# The OpenMP library that torch has loaded: other threads would wait for these ones.
-numba.config.THREADING_LAYER = "omp"
+
+def _has_openmp() -> bool:
+    """Whether the system has GCC's OpenMP library (libgomp1), which numba's threads are made with."""
+    try:
+        importlib.import_module("numba.np.ufunc.omppool")
+    except ImportError:
+        return False
+    return True
+
+
+_HAS_OPENMP: Final = _has_openmp()
+numba.config.THREADING_LAYER = "omp" if _HAS_OPENMP else "workqueue"
+_ALONE: Final = threading.Lock()
+"""Held by a kernel without OpenMP: numba's own threads serve one at a time."""
 
 REORDERED: Final = {"reassoc", "contract", "nsz"}
 """What LLVM may do to sums and products; infinities and NaNs stay what they are."""
@@ -105,7 +118,10 @@ def kernel(function: FunctionT) -> FunctionT:
         if count != _THREADS.count:
             numba.set_num_threads(min(count, most))
             _THREADS.count = count
-        return compiled(*arguments)
+        if _HAS_OPENMP:
+            return compiled(*arguments)
+        with _ALONE:
+            return compiled(*arguments)
 
     return cast("FunctionT", call)
 
