@@ -18,7 +18,8 @@ COPY services /source/services
 COPY shared /source/shared
 RUN /opt/prfaas/bin/pip install --constraint /source/constraints.txt /source
 # For this machine's kind of processor; on another one a container compiles them at its start.
-RUN NUMBA_CACHE_DIR=/opt/prfaas/kernels /opt/prfaas/bin/python -m shared.compile_kernels
+RUN NUMBA_CACHE_DIR=/opt/prfaas/kernels /opt/prfaas/bin/python -m shared.compile_kernels \
+    && chmod -R a+rX /opt/prfaas/kernels
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/prfaas /opt/prfaas

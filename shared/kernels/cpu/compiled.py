@@ -25,7 +25,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
 
 def _has_openmp() -> bool:
-    """Whether the system has GCC's OpenMP library (libgomp1), which numba's threads are made with."""
+    """Whether the system has GCC's OpenMP library (libgomp1), which numba makes threads with."""
     try:
         importlib.import_module("numba.np.ufunc.omppool")
     except ImportError:
