@@ -66,5 +66,5 @@ def test_it_knows_its_text(shipped: Engine, tokenizer: Tokenizer) -> None:
 
 def test_it_recalls_facts_also_after_a_hand_over(shipped: Engine, tokenizer: Tokenizer) -> None:
     filler = tokenizer.encode(f"{VERSE} " * 60)
-    asked = list(questions(tokenizer, filler, 512, 5, in_chat=False))
+    asked = list(questions(tokenizer, filler, 512, 5, in_chat=True))
     assert recall(shipped, asked, LOSSLESS) == {KEPT: 1, HANDED_OVER: 1}
