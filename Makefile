@@ -15,7 +15,9 @@ INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check \
 demo: .venv/runtime-installed
 	.venv/bin/prfaas demo
 
+# The kernels are compiled once, rather than by every process that a test starts.
 test: .venv
+	.venv/bin/python -m shared.compile_kernels
 	.venv/bin/python -m pytest
 
 lint: .venv
