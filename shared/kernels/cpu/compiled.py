@@ -11,7 +11,7 @@ import importlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -81,13 +81,9 @@ def _hash_of_sources() -> str:
     digest = hashlib.sha256(
         f"{numba.__version__} {torch.backends.cpu.get_cpu_capability()}".encode()
     )
-    for source in _sources():
+    for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _sources() -> Iterator[Path]:
-    yield from sorted(Path(__file__).parent.glob("*.py"))
 
 
 _OPTIONS: Final[dict[str, Any]] = {
