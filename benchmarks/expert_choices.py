@@ -13,9 +13,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from shared.kimi_linear import feed_forward
-from shared.kimi_linear.config import KimiLinearConfig
-from shared.kimi_linear.feed_forward import choose_experts
+from shared.kernels.expert_choice import choose_experts
+from shared.kimi_linear.feed_forward import MixtureOfExperts
 
 PASSED_OVER: Final = -10.0
 """Added to the scores, which are in (0, 1), of all experts but those to be chosen again."""
@@ -33,15 +32,14 @@ class ExpertChoices:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Keep what is chosen meanwhile."""
+        choose = MixtureOfExperts.choose
 
-        def choose(
-            x: Tensor, router: Tensor, choice_bias: Tensor, config: KimiLinearConfig
-        ) -> tuple[Tensor, Tensor]:
-            experts, shares = choose_experts(x, router, choice_bias, config)
+        def recording(mixture: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor]:
+            experts, shares = choose(mixture, x)
             self._experts.append(experts)
             return experts, shares
 
-        with patch.object(feed_forward, "choose_experts", choose):
+        with patch.object(MixtureOfExperts, "choose", recording):
             yield
 
     @contextmanager
@@ -49,11 +47,11 @@ class ExpertChoices:
         """Have the same experts chosen again; their shares follow from the scores of this run."""
         recorded = iter(self._experts)
 
-        def choose(
-            x: Tensor, router: Tensor, choice_bias: Tensor, config: KimiLinearConfig
-        ) -> tuple[Tensor, Tensor]:
+        def repeating(mixture: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor]:
+            router = mixture.weights.router
             passed_over = torch.full((x.shape[0], router.shape[0]), PASSED_OVER)
-            return choose_experts(x, router, passed_over.scatter_(-1, next(recorded), 0.0), config)
+            bias = passed_over.scatter_(-1, next(recorded), 0.0)
+            return choose_experts(x, router, bias, mixture.choice)
 
-        with patch.object(feed_forward, "choose_experts", choose):
+        with patch.object(MixtureOfExperts, "choose", repeating):
             yield

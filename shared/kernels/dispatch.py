@@ -10,14 +10,18 @@ from torch import Tensor
 from shared.errors import UnsupportedDeviceError
 from shared.kernels.batch import Batch
 from shared.kernels.cpu.convolution import convolved_heads
+from shared.kernels.cpu.decay import decays_and_steps
+from shared.kernels.cpu.expert_choice import choose_experts
 from shared.kernels.cpu.experts import GroupedExperts
 from shared.kernels.cpu.feed_forward import TiledExperts, TiledFeedForward
 from shared.kernels.cpu.kda import kda
+from shared.kernels.cpu.latents import store_latents
 from shared.kernels.cpu.linear import MatrixUnitLinear, TiledLinear
 from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.cpu.mla import latent_attention
 from shared.kernels.cpu.normalization import gated_rms_norm, rms_norm
 from shared.kernels.dtypes import StateDType, WeightDType
+from shared.kernels.expert_choice import ExpertChoice
 from shared.kernels.linear import Experts, GatedFeedForward, Linear
 
 AUTOMATIC: Final[WeightDType] = "bfloat16"
@@ -40,14 +44,20 @@ class Kernels:
     """Of latents and convolution states; KDA states are fp32."""
     linear: Callable[[Tensor], Linear]
     """Matrix `[outputs, inputs]` -> product; the matrix itself need not be kept."""
+    choose_experts: Callable[[Tensor, Tensor, Tensor, ExpertChoice], tuple[Tensor, Tensor]]
+    """x, router, bias, choice -> experts, shares: `expert_choice.choose_experts`."""
     experts: Callable[[Tensor, Tensor], Experts]
     """Gate above up `[E, 2 * I, hidden]`, down `[E, hidden, I]` -> experts."""
     feed_forward: Callable[[Tensor, Tensor], Linear]
     """Gate above up `[2 * I, hidden]`, down `[hidden, I]` -> down(silu(gate x) * up x)."""
     convolved_heads: Callable[[Tensor, Tensor, Tensor, Batch, int, float], Tensor]
     """x, weight, states, batch, H, epsilon -> q, k, v: `cpu.convolution.convolved_heads`."""
+    decays_and_steps: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """raised, steps, bias, rate -> g, beta: `reference.decays_and_steps`."""
     kda: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Batch], Tensor]
     """q, k, v, g, beta, states, batch -> o: `cpu.kda.kda`."""
+    store_latents: Callable[[Tensor, Tensor, float, Tensor, Batch], None]
+    """x, weight, epsilon, latents, batch: `reference.store_latents`."""
     latent_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, Batch], Tensor]
     """q_nope, q_rope, latents, key_value_up, scale, batch -> values: `cpu.mla.latent_attention`."""
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
@@ -82,12 +92,15 @@ def _tiled(dtype: torch.dtype, form: Callable[[Tensor], Matrix]) -> Kernels:
         activation_dtype=torch.float32,
         state_dtype="float32",
         linear=lambda weight: TiledLinear(form(weight)),
+        choose_experts=choose_experts,
         experts=lambda gate_and_up, down: TiledExperts(form(gate_and_up), form(down)),
         feed_forward=lambda gate_and_up, down: TiledFeedForward(
             form(gate_and_up.unsqueeze(0)), form(down.unsqueeze(0))
         ),
         convolved_heads=convolved_heads,
+        decays_and_steps=decays_and_steps,
         kda=kda,
+        store_latents=store_latents,
         latent_attention=latent_attention,
         rms_norm=rms_norm,
         gated_rms_norm=gated_rms_norm,

@@ -5,6 +5,9 @@ Symbols: B requests, T tokens, S keys, H heads, K and V channels of a key and a 
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from shared.kernels.batch import Batch
 
 
 def kda_recurrence(
@@ -38,6 +41,25 @@ def kda_recurrence(
     return torch.stack(outputs, dim=1), state
 
 
+def decays_and_steps(
+    raised: Tensor, steps: Tensor, bias: Tensor, rate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How much a KDA layer forgets at each token, and how much it learns (arXiv 2510.26692).
+
+    Args:
+        raised: `[T, H * K]`, of the layer's low-rank projection.
+        steps: `[T, H]`.
+        bias: dt_bias, `[H * K]`, fp32.
+        rate: -exp(A_log), `[H]`, fp32.
+
+    Returns:
+        Log decays g = rate * softplus(raised + bias), `[T, H, K]`, and steps beta = sigmoid(steps),
+        `[T, H]`, fp32.
+    """
+    softplus = functional.softplus(raised.float() + bias)
+    return softplus.view(*steps.shape, -1) * rate.unsqueeze(-1), torch.sigmoid(steps.float())
+
+
 def short_convolution(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution that continues from the last inputs of the tokens before.
 
@@ -53,6 +75,21 @@ def short_convolution(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor,
     inputs = torch.cat((state, x))
     outputs = [(inputs[t : t + taps + 1] * weight).sum(dim=0) for t in range(x.shape[0])]
     return torch.stack(outputs), inputs[x.shape[0] :]
+
+
+def store_latents(x: Tensor, weight: Tensor, epsilon: float, latents: Tensor, batch: Batch) -> None:
+    """Put the latents of the batch's tokens into the pool.
+
+    Args:
+        x: `[T, R + P]`: c_kv, which is normalised as by `rms_norm`, and k_pe as it is.
+        weight: `[R]`, fp32.
+        epsilon: added to the mean square.
+        latents: `[rows, R + P]`, one layer's pool.
+        batch: of T tokens.
+    """
+    rank = weight.shape[0]
+    normalised = functional.rms_norm(x[:, :rank].float(), (rank,), weight, epsilon).to(x.dtype)
+    latents.index_copy_(0, batch.latent_rows, torch.cat((normalised, x[:, rank:]), dim=-1))
 
 
 def mla_attention(

@@ -135,7 +135,7 @@ def _kda(
         convolution=checkpoint.stacked(convolutions).T.to(kernels.activation_dtype).contiguous(),
         decay_up=kernels.linear(checkpoint.matrix(f"{prefix}.f_b_proj.weight", (channels, rank))),
         decay_bias=checkpoint.vector(f"{prefix}.dt_bias", channels),
-        negative_decay_rate=-checkpoint.vector(f"{prefix}.A_log", heads).exp().unsqueeze(-1),
+        negative_decay_rate=-checkpoint.vector(f"{prefix}.A_log", heads).exp(),
         gate_up=kernels.linear(checkpoint.matrix(f"{prefix}.g_b_proj.weight", (channels, rank))),
         output_norm=checkpoint.vector(f"{prefix}.o_norm.weight", linear.head_dim),
         output=kernels.linear(checkpoint.matrix(f"{prefix}.o_proj.weight", (hidden, channels))),

@@ -1,8 +1,6 @@
 """A Kimi Delta Attention layer: projections, short convolutions, recurrence, gated output."""
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from shared.kernels.batch import Batch
 from shared.kernels.dispatch import Kernels
@@ -40,7 +38,12 @@ class KdaAttention:
             L2_EPSILON,
         )
         q, k, v = heads.unbind(dim=1)
-        g, beta = self._decay_and_step(low_rank)
+        g, beta = kernels.decays_and_steps(
+            weights.decay_up(low_rank[:, : self._head_dim]),
+            low_rank[:, 2 * self._head_dim :],
+            weights.decay_bias,
+            weights.negative_decay_rate,
+        )
         attended = kernels.kda(q, k, v, g, beta, pool.recurrent[self._index], batch)
         gate = weights.gate_up(low_rank[:, self._head_dim : 2 * self._head_dim])
         gated = kernels.gated_rms_norm(
@@ -53,11 +56,3 @@ class KdaAttention:
         channels = 3 * self._heads * self._head_dim
         projected = self._weights.projections(x)
         return projected[:, :channels], projected[:, channels:]
-
-    def _decay_and_step(self, low_rank: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decays g `[T, H, K]` and steps beta `[T, H]`, fp32."""
-        weights = self._weights
-        raised = weights.decay_up(low_rank[:, : self._head_dim]).float().add_(weights.decay_bias)
-        softplus = functional.softplus(raised).view(-1, self._heads, self._head_dim)
-        beta = torch.sigmoid(low_rank[:, 2 * self._head_dim :].float())
-        return softplus.mul_(weights.negative_decay_rate), beta

@@ -2,7 +2,6 @@
 
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from shared.kernels.batch import Batch
@@ -27,26 +26,22 @@ class MlaAttention:
         self._heads = config.num_attention_heads
         self._nope = config.qk_nope_head_dim
         self._rope = config.qk_rope_head_dim
-        self._rank = config.kv_lora_rank
         self._scale = (self._nope + self._rope) ** -0.5
 
     def __call__(self, x: Tensor, pool: StatePool, batch: Batch) -> Tensor:
         """Attend the batch's tokens, `[T, hidden]`, and store their latents."""
-        q_nope, q_rope, new = self._project(x)
+        weights, kernels = self._weights, self._kernels
+        q_nope, q_rope, compressed = self._project(x)
         latents = pool.latents[self._index]
-        latents.index_copy_(0, batch.latent_rows, new)
-        attended = self._kernels.latent_attention(
-            q_nope, q_rope, latents, self._weights.key_value_up, self._scale, batch
+        kernels.store_latents(compressed, weights.latent_norm, LATENT_EPSILON, latents, batch)
+        attended = kernels.latent_attention(
+            q_nope, q_rope, latents, weights.key_value_up, self._scale, batch
         )
-        return self._weights.output(attended.flatten(-2))
+        return weights.output(attended.flatten(-2))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[T, H, N]` and `[T, H, P]`, and latents `[T, R + P]`."""
+        """Queries `[T, H, N]` and `[T, H, P]`, and latents as they are before the norm."""
         projected = self._weights.projections(x)
         query_channels = self._heads * (self._nope + self._rope)
         queries = projected[:, :query_channels].reshape(-1, self._heads, self._nope + self._rope)
-        latents = projected[:, query_channels:]
-        compressed, key_rope = latents[:, : self._rank], latents[:, self._rank :]
-        normalised = self._kernels.rms_norm(compressed, self._weights.latent_norm, LATENT_EPSILON)
-        new = torch.cat((normalised, key_rope), dim=-1)
-        return queries[..., : self._nope], queries[..., self._nope :], new
+        return queries[..., : self._nope], queries[..., self._nope :], projected[:, query_channels:]

@@ -108,7 +108,7 @@ def _build_layers(
             attention_norm=layer.attention_norm,
             attention=_build_attention(layer, config, kernels, kinds[:n].count(kinds[n])),
             feed_forward_norm=layer.feed_forward_norm,
-            feed_forward=_build_feed_forward(layer, config),
+            feed_forward=_build_feed_forward(layer, config, kernels),
             kernels=kernels,
             epsilon=config.rms_norm_eps,
         )
@@ -124,7 +124,9 @@ def _build_attention(
     return MlaAttention(layer.attention, config, kernels, index)
 
 
-def _build_feed_forward(layer: LayerWeights, config: KimiLinearConfig) -> FeedForward:
+def _build_feed_forward(
+    layer: LayerWeights, config: KimiLinearConfig, kernels: Kernels
+) -> FeedForward:
     if isinstance(layer.feed_forward, MixtureWeights):
-        return MixtureOfExperts(layer.feed_forward, config)
+        return MixtureOfExperts(layer.feed_forward, config, kernels)
     return layer.feed_forward

@@ -24,7 +24,7 @@ class KdaWeights:
     decay_bias: Tensor
     """dt_bias, `[H * K]`, fp32."""
     negative_decay_rate: Tensor
-    """-exp(A_log), `[H, 1]`, fp32."""
+    """-exp(A_log), `[H]`, fp32."""
     gate_up: Linear
     """g_b, `[H * K, K]`."""
     output_norm: Tensor

@@ -1,5 +1,6 @@
 """Experts are chosen and weighed as a plain loop over tokens does it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.kernels.cpu import expert_choice as compiled
 from shared.kernels.dispatch import kernels_for
+from shared.kernels.expert_choice import ExpertChoice, choose_experts
 from shared.kimi_linear.config import KimiLinearConfig
-from shared.kimi_linear.feed_forward import MixtureOfExperts, choose_experts
+from shared.kimi_linear.feed_forward import MixtureOfExperts, expert_choice
 from shared.kimi_linear.weights import MixtureWeights
+
+Choose = Callable[[Tensor, Tensor, Tensor, ExpertChoice], tuple[Tensor, Tensor]]
 
 HIDDEN, EXPERTS, WIDTH, TOKENS = 24, 16, 8, 40
 
@@ -51,13 +56,14 @@ def config(request: pytest.FixtureRequest, reference_directory: Path) -> KimiLin
     )
 
 
+@pytest.mark.parametrize("choose", [choose_experts, compiled.choose_experts])
 @pytest.mark.parametrize("bias_scale", [0.0, 0.3, 3.0])
 def test_choice_and_shares_are_those_of_a_plain_loop(
-    config: KimiLinearConfig, bias_scale: float
+    config: KimiLinearConfig, bias_scale: float, choose: Choose
 ) -> None:
     x, router = torch.randn(TOKENS, HIDDEN), torch.randn(EXPERTS, HIDDEN) / HIDDEN**0.5
     bias = bias_scale * torch.randn(EXPERTS) - bias_scale
-    experts, shares = choose_experts(x, router, bias, config)
+    experts, shares = choose(x, router, bias, expert_choice(config))
     for token in range(TOKENS):
         expected = choose_plainly(x[token], router, bias, config)
         found = dict(zip(experts[token].tolist(), shares[token].tolist(), strict=True))
@@ -84,7 +90,7 @@ def test_the_mixture_is_the_weighted_sum_of_the_chosen_experts(
         return down @ (functional.silu(gate) * up)
 
     x = torch.randn(TOKENS, HIDDEN)
-    output = MixtureOfExperts(weights, config)(x)
+    output = MixtureOfExperts(weights, config, kernels)(x)
     for token in range(TOKENS):
         expected = answer(x[token], shared_up, shared_down) if shared else torch.zeros(1)
         chosen = choose_plainly(x[token], weights.router, weights.choice_bias, config)

@@ -32,6 +32,8 @@ _C2: Final = np.float32(4.1665795894e-2)
 _C3: Final = np.float32(8.3334519073e-3)
 _C4: Final = np.float32(1.3981999507e-3)
 _C5: Final = np.float32(1.9875691500e-4)
+_TWO: Final = np.float32(2)
+_A3, _A5, _A7, _A9, _A11, _A13, _A15 = (np.float32(1 / n) for n in range(3, 16, 2))
 _BIAS: Final = np.int32(127)
 _MANTISSA_BITS: Final = np.int32(23)
 
@@ -69,3 +71,14 @@ def sigmoid(x: np.float32) -> np.float32:
 def silu(x: np.float32) -> np.float32:
     """X * sigmoid(x)."""
     return x * sigmoid(x)
+
+
+@part
+def softplus(x: np.float32) -> np.float32:
+    """ln(1 + e^x)."""
+    small = exp(-abs(x))  # at most 1
+    # ln(1 + y) = 2 artanh(y / (2 + y)), whose series is short up to 1/3 and exact near 0
+    s = small / (_TWO + small)
+    t = s * s
+    series = ((((((_A15 * t + _A13) * t + _A11) * t + _A9) * t + _A7) * t + _A5) * t + _A3) * t
+    return max(x, _ZERO) + _TWO * (s + s * series)

@@ -8,7 +8,9 @@ from shared.errors import UnsupportedDeviceError
 from shared.kernels.batch import Batch
 from shared.kernels.dispatch import Kernels
 from shared.kernels.dtypes import WeightDType
+from shared.kernels.expert_choice import choose_experts
 from shared.kernels.linear import GatedFeedForward, Linear
+from shared.kernels.reference import decays_and_steps
 from shared.kernels.torch_dtypes import TORCH_DTYPES
 from shared.kernels.triton.convolution import convolution_step, short_convolution
 from shared.kernels.triton.experts import GroupedExperts
@@ -34,10 +36,13 @@ def triton_kernels(dtype: WeightDType) -> Kernels:
         activation_dtype=TORCH_DTYPES[dtype],
         state_dtype=dtype,
         linear=_Linear,
+        choose_experts=choose_experts,
         experts=GroupedExperts,
         feed_forward=_feed_forward,
         convolved_heads=_convolved_heads,
+        decays_and_steps=decays_and_steps,
         kda=_kda,
+        store_latents=_store_latents,
         latent_attention=_latent_attention,
         rms_norm=rms_norm,
         gated_rms_norm=_gated_rms_norm,
@@ -82,6 +87,14 @@ def _kda(
     if batch.is_decode:
         return kda_decode(q, k, v, g, beta, states, slots)
     return kda_prefill(q, k, v, g, beta, states, batch.bounds, slots)
+
+
+def _store_latents(
+    x: Tensor, weight: Tensor, epsilon: float, latents: Tensor, batch: Batch
+) -> None:
+    rank = weight.shape[0]
+    normalised = rms_norm(x[:, :rank], weight, epsilon)
+    latents.index_copy_(0, batch.latent_rows, torch.cat((normalised, x[:, rank:]), dim=-1))
 
 
 def _latent_attention(
