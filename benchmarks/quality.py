@@ -221,12 +221,12 @@ class RecallQuality:
 
     tokens: int
     questions: int
-    said_again: float
-    """Facts that the text is to say once more."""
-    handed_over: float
-    """The same, with the state moved after the prompt."""
     in_chat: float
     """Questions of a user, answered word for word."""
+    handed_over: float
+    """The same, with the state moved after the prompt."""
+    said_again: float
+    """Facts that a text without a question is to say once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +239,7 @@ class MoveQuality:
     bits_per_byte: float
     """With the state moved in the middle of each document."""
     recall: float
-    """Facts said again at `MOVED_RECALL_TOKENS`, with the state moved after the prompt."""
+    """Questions of a chat at `MOVED_RECALL_TOKENS`, with the state moved after the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,10 +269,10 @@ class Quality:
             shown = " | ".join(f"{figure:.3f}" for figure in figures)
             yield f"| {row.work} | {row.held_out_bytes:,} | {shown} |"
         yield ""
-        yield "| recall at tokens | questions | said again | handed over | in a chat |"
+        yield "| recall at tokens | questions | in a chat | handed over | said again |"
         yield "|---|---|---|---|---|"
         for point in self.recall:
-            parts = (point.said_again, point.handed_over, point.in_chat)
+            parts = (point.in_chat, point.handed_over, point.said_again)
             shown = " | ".join(f"{part:.0%}" for part in parts)
             yield f"| {point.tokens:,} | {point.questions} | {shown} |"
         yield ""
@@ -326,12 +326,12 @@ def recall_quality(
     rows = []
     for length in RECALL_LENGTHS:
         count = min(most, RECALL_TOKENS // length)
-        plain = list(questions(tokenizer, filler, length, count, in_chat=False))
         chat = list(questions(tokenizer, filler, length, count, in_chat=True))
-        said_again = recall(engine, plain, LOSSLESS)
-        in_chat = recall(engine, chat, {})
+        plain = list(questions(tokenizer, filler, length, count, in_chat=False))
+        in_chat = recall(engine, chat, LOSSLESS)
+        said_again = recall(engine, plain, {})
         rows.append(
-            RecallQuality(length, count, said_again[KEPT], said_again[HANDED_OVER], in_chat[KEPT])
+            RecallQuality(length, count, in_chat[KEPT], in_chat[HANDED_OVER], said_again[KEPT])
         )
     return tuple(rows)
 
@@ -346,7 +346,7 @@ def move_quality(
     bits = bits_of(engine, tokenizer, documents, moves)
     moved = {name: through.moved_bytes / len(documents) for name, through in coded.items()}
     filler = tokenizer.encode("\n".join(document.text for document in held_out))
-    asked = list(questions(tokenizer, filler, MOVED_RECALL_TOKENS, most, in_chat=False))
+    asked = list(questions(tokenizer, filler, MOVED_RECALL_TOKENS, most, in_chat=True))
     answered = recall(engine, asked, moves)
     size = len(text_of(documents))
     return tuple(

@@ -48,12 +48,12 @@ class TrainingBatch:
         """All of it, in the order above."""
         return self.inputs, self.targets, self.weights, self.is_answer, self.is_recall
 
-    def with_first(self, row: "TrainingBatch") -> "TrainingBatch":
-        """Put another sequence in the place of the first one that is no recall text."""
-        first = int((~self.is_recall).nonzero()[0])
-        kept = [n for n in range(len(self.is_recall)) if n != first]
-        pairs = zip(row.tensors, self.tensors, strict=True)
-        return TrainingBatch(*(torch.cat((own, x[kept])) for own, x in pairs))
+    def with_first(self, others: "TrainingBatch") -> "TrainingBatch":
+        """Put other sequences in the place of the first ones that are no recall texts."""
+        replaced = (~self.is_recall).nonzero().flatten()[: len(others.is_recall)].tolist()
+        kept = [n for n in range(len(self.is_recall)) if n not in replaced]
+        pairs = zip(others.tensors, self.tensors, strict=True)
+        return TrainingBatch(*(torch.cat((other, x[kept])) for other, x in pairs))
 
     def shards(self, count: int) -> "list[TrainingBatch]":
         """Divide the sequences among `count` batches."""
@@ -87,17 +87,24 @@ class Batches:
         return self._stack([self._sequence(first + row, step) for row in range(rows)])
 
     def with_own_loops(self, step: int, parameters: Mapping[str, Tensor]) -> TrainingBatch:
-        """The data of a step behind the others: a sequence of it is of the model's own making."""
-        batch, length = self.batch(step), self._recipe.phase(step).length
-        count = length // (PROMPT + CONTINUED)
-        prompts = [
-            self._text(step * count + n, random.Random(f"own {step} {n}"), PROMPT)
-            for n in range(count)
-        ]
-        texts = own_loops(parameters, self._recipe.config, prompts, self._recipe.own_loop_weight)
-        own = WeightedTokens([self._end], [UNSCORED])
-        own.extend(texts)
-        return batch.with_first(self._stack([(own, False)]))
+        """The data of a step behind the others: some sequences are of the model's own making."""
+        sequences = self._recipe.own_loop_sequences
+        count = sequences * (self._recipe.phase(step).length // (PROMPT + CONTINUED))
+        prompts = [self._prompt(step * count + n, f"own {step} {n}") for n in range(count)]
+        weight = self._recipe.own_loop_weight
+        texts = own_loops(parameters, self._recipe.config, prompts, weight)
+        own = [(self._ended(texts[n::sequences]), False) for n in range(sequences)]
+        return self.batch(step).with_first(self._stack(own))
+
+    def _prompt(self, number: int, seed: str) -> list[int]:
+        return [self._end, *self._text(number, random.Random(seed), PROMPT - 1)]
+
+    def _ended(self, texts: Sequence[WeightedTokens]) -> WeightedTokens:
+        tokens = WeightedTokens.none()
+        for text in texts:
+            tokens.extend(text)
+        tokens.add([self._end], UNSCORED)
+        return tokens
 
     def _sequence(self, number: int, step: int) -> tuple[WeightedTokens, bool]:
         phase = self._recipe.phase(step)

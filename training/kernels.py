@@ -15,7 +15,9 @@ from shared.kernels.batch import Batch
 from shared.kernels.cpu.experts import GroupedExperts
 from shared.kernels.cpu.linear import PlainLinear
 from shared.kernels.dispatch import Kernels
+from shared.kernels.expert_choice import choose_experts
 from shared.kernels.linear import Experts, GatedFeedForward, Linear
+from shared.kernels.reference import decays_and_steps, store_latents
 
 CHUNK: Final = 32
 """Tokens between two updates of the recurrent state; sequences have a multiple of it."""
@@ -38,10 +40,13 @@ def training_kernels(observe_choices: Callable[[Tensor], None]) -> Kernels:
         activation_dtype=torch.float32,
         state_dtype="float32",
         linear=PlainLinear,
+        choose_experts=choose_experts,
         experts=experts,
         feed_forward=_feed_forward,
         convolved_heads=convolved_heads,
+        decays_and_steps=decays_and_steps,
         kda=kda,
+        store_latents=store_latents,
         latent_attention=latent_attention,
         rms_norm=rms_norm,
         gated_rms_norm=gated_rms_norm,

@@ -20,8 +20,8 @@ from shared.kimi_linear.state_pool import StatePool
 from training.parameters import weights_of
 from training.recall import UNSCORED, WeightedTokens
 
-PROMPT: Final = 32
-CONTINUED: Final = 96
+PROMPT: Final = 16
+CONTINUED: Final = 112
 """Tokens."""
 LONGEST: Final = CONTINUED // 3
 """Tokens of a piece that is looked for."""
@@ -32,24 +32,27 @@ def own_loops(
     config: KimiLinearConfig,
     prompts: Sequence[Sequence[int]],
     weight: float,
-) -> WeightedTokens:
+) -> list[WeightedTokens]:
     """Go on with each prompt, always the likeliest token, and weigh what loops.
 
     Args:
         parameters: of the model as it is now.
         config: of the model.
-        prompts: text, which is scored as such.
+        prompts: text, which is scored as such from its second token on.
         weight: of the tokens that loop, which have it with a minus sign.
 
     Returns:
-        One text after the other, `PROMPT + CONTINUED` tokens each.
+        The texts, `PROMPT + CONTINUED` tokens each.
     """
-    tokens = WeightedTokens.none()
+    texts = []
     for prompt, continued in zip(prompts, _continue(parameters, config, prompts), strict=True):
-        tokens.add(prompt)
+        text = WeightedTokens.none()
+        text.add(prompt[:1], UNSCORED)
+        text.add(prompt[1:])
         for token, loops in zip(continued, looping(continued), strict=True):
-            tokens.add([token], -weight if loops else UNSCORED)
-    return tokens
+            text.add([token], -weight if loops else UNSCORED)
+        texts.append(text)
+    return texts
 
 
 def looping(tokens: Sequence[int]) -> list[bool]:

@@ -61,11 +61,11 @@ class Recipe:
     warmup_steps: int
     decay_steps: int
     own_loop_steps: int = 0
-    own_loop_rounds: int = 1
-    """How often these steps are taken."""
+    own_loop_sequences: int = 2
+    """Of a step."""
     own_loop_pace: float = 0.3
-    """The part of the learning rates that each round begins with."""
-    own_loop_weight: float = 2.0
+    """The part of the learning rates that these steps begin with."""
+    own_loop_weight: float = 4.0
     """Of the tokens that go on in a loop of the model's own, which are to be unlikely."""
     matrix_learning_rate: float = 0.02
     """Of Muon, for the matrices between embedding and head."""
@@ -92,7 +92,7 @@ class Recipe:
     @property
     def all_steps(self) -> int:
         """With those over the model's own loops."""
-        return self.steps + self.own_loop_rounds * self.own_loop_steps
+        return self.steps + self.own_loop_steps
 
     def phase(self, step: int) -> Phase:
         """The one that a step belongs to."""
@@ -102,11 +102,10 @@ class Recipe:
         """The part of the learning rates that holds at a step.
 
         Warm-up, a plateau, then a line to zero, which is reached after the last of `steps`; then
-        another such line for each round behind them.
+        another such line over the steps behind them.
         """
         if step >= self.steps and self.own_loop_steps:
-            steps_left = self.own_loop_steps - (step - self.steps) % self.own_loop_steps
-            return self.own_loop_pace * steps_left / (self.own_loop_steps + 1)
+            return self.own_loop_pace * (self.all_steps - step) / (self.own_loop_steps + 1)
         warmed = min(1.0, (step + 1) / self.warmup_steps)
         left = min(1.0, (self.steps - step) / (self.decay_steps + 1))
         return warmed * left
@@ -175,7 +174,6 @@ TINY: Final = Recipe(
     steps=1100,
     warmup_steps=30,
     decay_steps=350,
-    own_loop_steps=160,
-    own_loop_rounds=2,
+    own_loop_steps=480,
 )
 """The model that ships with the project."""

@@ -33,33 +33,31 @@ def test_the_likeliest_continuations_are_scored_only_where_they_loop(
 ) -> None:
     parameters = Trainer(recipe).parameters
     prompts = [batches.batch(step).inputs[0, :PROMPT].tolist() for step in (0, 1)]
-    tokens = own_loops(parameters, recipe.config, prompts, 3.0)
-    assert len(tokens.ids) == 2 * (PROMPT + CONTINUED)
-    for n, prompt in enumerate(prompts):
-        text = slice(n * (PROMPT + CONTINUED), (n + 1) * (PROMPT + CONTINUED))
-        ids, weights = tokens.ids[text], tokens.weights[text]
-        assert ids[:PROMPT] == prompt
-        assert weights[:PROMPT] == [1.0] * PROMPT
-        loops = looping(ids[PROMPT:])
-        assert weights[PROMPT:] == [-3.0 if found else UNSCORED for found in loops]
+    texts = own_loops(parameters, recipe.config, prompts, 3.0)
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert len(text.ids) == PROMPT + CONTINUED
+        assert text.ids[:PROMPT] == prompt
+        assert text.weights[:PROMPT] == [UNSCORED] + [1.0] * (PROMPT - 1)
+        loops = looping(text.ids[PROMPT:])
+        assert text.weights[PROMPT:] == [-3.0 if found else UNSCORED for found in loops]
 
 
-def test_a_step_behind_the_others_has_one_sequence_of_the_models_own(
+def test_a_step_behind_the_others_has_sequences_of_the_models_own(
     recipe: Recipe, batches: Batches
 ) -> None:
     parameters = Trainer(recipe).parameters
     plain, own = batches.batch(3), batches.with_own_loops(3, parameters)
     assert own.inputs.shape == plain.inputs.shape
-    assert not own.is_recall[0]
+    assert not own.is_recall[: recipe.own_loop_sequences].any()
     assert int(own.is_recall.sum()) == int(plain.is_recall.sum())
     again = batches.with_own_loops(3, parameters)
     assert all(torch.equal(a, b) for a, b in zip(own.tensors, again.tensors, strict=True))
 
 
 def test_steps_behind_the_others_have_a_lower_rate_that_ends_at_zero(recipe: Recipe) -> None:
-    polished = replace(recipe, own_loop_steps=10, own_loop_rounds=2, own_loop_pace=0.3)
-    rounds = [[polished.pace(recipe.steps + 10 * n + step) for step in range(10)] for n in (0, 1)]
-    assert rounds[0] == rounds[1] == sorted(rounds[0], reverse=True)
-    assert rounds[0][0] < 0.3
-    assert 0 < rounds[0][-1] < 0.03
-    assert polished.all_steps == recipe.steps + 20
+    polished = replace(recipe, own_loop_steps=10, own_loop_pace=0.3)
+    paces = [polished.pace(recipe.steps + step) for step in range(10)]
+    assert paces == sorted(paces, reverse=True)
+    assert paces[0] < 0.3
+    assert 0 < paces[-1] < 0.03
+    assert polished.all_steps == recipe.steps + 10
