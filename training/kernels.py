@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from shared.kernels.batch import Batch
-from shared.kernels.cpu.experts import GroupedExperts
-from shared.kernels.cpu.linear import PlainLinear
 from shared.kernels.dispatch import Kernels
 from shared.kernels.expert_choice import choose_experts
 from shared.kernels.linear import Experts, GatedFeedForward, Linear
 from shared.kernels.reference import decays_and_steps, store_latents
+from training.experts import GroupedExperts
+from training.linear import PlainLinear
 
 CHUNK: Final = 32
 """Tokens between two updates of the recurrent state; sequences have a multiple of it."""

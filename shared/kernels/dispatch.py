@@ -1,7 +1,7 @@
 """The one place that chooses an implementation of the kernels, once, when a model is loaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -12,17 +12,18 @@ from shared.kernels.batch import Batch
 from shared.kernels.cpu.convolution import convolved_heads
 from shared.kernels.cpu.decay import decays_and_steps
 from shared.kernels.cpu.expert_choice import choose_experts
-from shared.kernels.cpu.experts import GroupedExperts
-from shared.kernels.cpu.feed_forward import TiledExperts, TiledFeedForward
+from shared.kernels.cpu.feed_forward import DenseFeedForward, TiledExperts
 from shared.kernels.cpu.kda import kda
 from shared.kernels.cpu.latents import store_latents
-from shared.kernels.cpu.linear import MatrixUnitLinear, TiledLinear
+from shared.kernels.cpu.linear import TiledLinear
 from shared.kernels.cpu.matrix import Matrix
+from shared.kernels.cpu.matrix_units.feed_forward import MatrixUnitExperts
+from shared.kernels.cpu.matrix_units.linear import MatrixUnitLinear, fits_units, has_matrix_units
 from shared.kernels.cpu.mla import latent_attention
 from shared.kernels.cpu.normalization import gated_rms_norm, rms_norm
 from shared.kernels.dtypes import StateDType, WeightDType
 from shared.kernels.expert_choice import ExpertChoice
-from shared.kernels.linear import Experts, GatedFeedForward, Linear
+from shared.kernels.linear import Experts, Linear
 
 AUTOMATIC: Final[WeightDType] = "bfloat16"
 """What `auto` is on every device: the width of the published weights, so nothing is rounded, with
@@ -74,7 +75,7 @@ def kernels_for(device_type: str, dtype: WeightDType) -> Kernels:
             machine has no such device.
     """
     if device_type == "cpu":
-        return _MATRIX_UNITS if dtype == "bfloat16" and _has_matrix_units() else _CPU[dtype]
+        return _MATRIX_UNITS if dtype == "bfloat16" and has_matrix_units() else _CPU[dtype]
     if device_type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedDeviceError("device: torch finds no CUDA device on this machine")
     if device_type == "cuda":
@@ -85,17 +86,22 @@ def kernels_for(device_type: str, dtype: WeightDType) -> Kernels:
     raise UnsupportedDeviceError(f"device: there are no kernels for a {device_type!r} device")
 
 
-def _tiled(dtype: torch.dtype, form: Callable[[Tensor], Matrix]) -> Kernels:
-    """Kernels with weights in a form that the compiled ones read."""
+def _compiled(
+    dtype: torch.dtype,
+    form: Callable[[Tensor], Matrix],
+    linear: Callable[[Matrix], Linear] = TiledLinear,
+    experts: Callable[[Matrix, Matrix], Experts] = TiledExperts,
+) -> Kernels:
+    """Kernels for weights in a form that they read, and what multiplies them."""
     return Kernels(
         loaded_dtype=dtype,
         activation_dtype=torch.float32,
         state_dtype="float32",
-        linear=lambda weight: TiledLinear(form(weight)),
+        linear=lambda weight: linear(form(weight)),
         choose_experts=choose_experts,
-        experts=lambda gate_and_up, down: TiledExperts(form(gate_and_up), form(down)),
-        feed_forward=lambda gate_and_up, down: TiledFeedForward(
-            form(gate_and_up.unsqueeze(0)), form(down.unsqueeze(0))
+        experts=lambda gate_and_up, down: experts(form(gate_and_up), form(down)),
+        feed_forward=lambda gate_and_up, down: DenseFeedForward(
+            experts(form(gate_and_up.unsqueeze(0)), form(down.unsqueeze(0)))
         ),
         convolved_heads=convolved_heads,
         decays_and_steps=decays_and_steps,
@@ -108,23 +114,22 @@ def _tiled(dtype: torch.dtype, form: Callable[[Tensor], Matrix]) -> Kernels:
 
 
 _CPU: Final[dict[WeightDType, Kernels]] = {
-    "float32": _tiled(torch.float32, Matrix.of),
-    "bfloat16": _tiled(torch.bfloat16, Matrix.of),
-    "int8": _tiled(torch.float32, Matrix.rounded),
+    "float32": _compiled(torch.float32, Matrix.of),
+    "bfloat16": _compiled(torch.bfloat16, Matrix.of),
+    "int8": _compiled(torch.float32, Matrix.rounded),
 }
-_MATRIX_UNITS: Final = replace(
-    _CPU["bfloat16"],
-    linear=MatrixUnitLinear,
-    experts=lambda gate_and_up, down: GroupedExperts(
-        [MatrixUnitLinear(weight) for weight in gate_and_up],
-        [MatrixUnitLinear(weight) for weight in down],
-    ),
-    feed_forward=lambda gate_and_up, down: GatedFeedForward(
-        MatrixUnitLinear(gate_and_up), MatrixUnitLinear(down)
-    ),
+
+
+def _linear_on_units(weight: Matrix) -> Linear:
+    return MatrixUnitLinear(weight) if fits_units(weight) else TiledLinear(weight)
+
+
+def _experts_on_units(gate_and_up: Matrix, down: Matrix) -> Experts:
+    fit = fits_units(gate_and_up) and fits_units(down)
+    return (MatrixUnitExperts if fit else TiledExperts)(gate_and_up, down)
+
+
+_MATRIX_UNITS: Final = _compiled(
+    torch.bfloat16, Matrix.of, linear=_linear_on_units, experts=_experts_on_units
 )
 """bf16 on processors that have units for products of such matrices."""
-
-
-def _has_matrix_units() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported())  # noqa: SLF001

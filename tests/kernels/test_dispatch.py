@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from shared.errors import UnsupportedDeviceError
+from shared.kernels import dispatch
+from shared.kernels.cpu.feed_forward import TiledExperts
 from shared.kernels.cpu.kda import kda
-from shared.kernels.cpu.linear import MatrixUnitLinear, TiledLinear
+from shared.kernels.cpu.linear import TiledLinear
+from shared.kernels.cpu.matrix_units.linear import MatrixUnitLinear
 from shared.kernels.dispatch import kernels_for
 
 
@@ -34,8 +37,18 @@ def test_a_gpu_that_is_not_there_is_refused_by_name() -> None:
 def test_bf16_takes_matrix_units_exactly_where_there_are_any(
     monkeypatch: pytest.MonkeyPatch, has_units: bool, linear: type
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_units)
-    monkeypatch.setattr(MatrixUnitLinear, "__init__", lambda self, weight: None)
-    made = kernels_for("cpu", "bfloat16").linear(torch.ones(8, 16, dtype=torch.bfloat16))
+    monkeypatch.setattr(dispatch, "has_matrix_units", lambda: has_units)
+    made = kernels_for("cpu", "bfloat16").linear(torch.ones(64, 96, dtype=torch.bfloat16))
     assert isinstance(made, linear)
-    assert isinstance(kernels_for("cpu", "float32").linear(torch.ones(8, 16)), TiledLinear)
+    assert isinstance(kernels_for("cpu", "float32").linear(torch.ones(64, 96)), TiledLinear)
+
+
+@pytest.mark.parametrize("shape", [(64, 72), (31, 96)])
+def test_a_matrix_that_is_not_made_of_whole_tiles_is_multiplied_without_units(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(dispatch, "has_matrix_units", lambda: True)
+    kernels = kernels_for("cpu", "bfloat16")
+    assert isinstance(kernels.linear(torch.ones(shape, dtype=torch.bfloat16)), TiledLinear)
+    up, down = torch.ones(2, 64, 48), torch.ones(2, 48, 32)
+    assert isinstance(kernels.experts(up.bfloat16(), down.bfloat16()), TiledExperts)

@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from shared.kernels.cpu.experts import GroupedExperts, Grouping
-from shared.kernels.cpu.feed_forward import TiledExperts, TiledFeedForward
-from shared.kernels.cpu.linear import PlainLinear
+from shared.kernels.cpu.feed_forward import DenseFeedForward, TiledExperts
 from shared.kernels.cpu.matrix import Matrix
-from shared.kernels.linear import Experts, GatedFeedForward
+from shared.kernels.linear import Experts
 
 EXPERTS, HIDDEN, WIDTH, CHOICES = 8, 24, 16, 3
 
@@ -22,9 +20,6 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Experts]] = {
     "float32": lambda up, down: TiledExperts(Matrix.of(up), Matrix.of(down)),
     "bfloat16": lambda up, down: TiledExperts(Matrix.of(up.bfloat16()), Matrix.of(down.bfloat16())),
     "int8": lambda up, down: TiledExperts(Matrix.rounded(up), Matrix.rounded(down)),
-    "plain": lambda up, down: GroupedExperts(
-        [PlainLinear(weight) for weight in up], [PlainLinear(weight) for weight in down]
-    ),
 }
 
 
@@ -120,20 +115,8 @@ def test_what_experts_make_of_a_token_is_bit_for_bit_the_same_in_any_batch(
 def test_a_dense_part_is_a_mixture_of_one(weights: tuple[Tensor, Tensor], tokens: int) -> None:
     x = torch.randn(tokens, HIDDEN)
     (gate_and_up, *_), (down, *_) = weights
-    tiled = TiledFeedForward(Matrix.of(gate_and_up.unsqueeze(0)), Matrix.of(down.unsqueeze(0)))
-    plain = GatedFeedForward(PlainLinear(gate_and_up), PlainLinear(down))
-    torch.testing.assert_close(tiled(x), plain(x), rtol=1e-4, atol=1e-5)
-
-
-@settings(max_examples=50)
-@given(st.integers(1, 40), st.integers(1, EXPERTS), st.integers(0, 99))
-def test_grouping_sorts_by_expert_and_back(tokens: int, distinct: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    experts = torch.rand(tokens, distinct).argsort(dim=-1)[:, :CHOICES]
-    grouping = Grouping.of(experts, EXPERTS)
-    by_expert = torch.cat(
-        [torch.full((group.stop - group.start,), group.expert) for group in grouping.groups]
-    )
-    assert torch.equal(by_expert[grouping.place], experts.flatten())
-    token_of_choice = torch.arange(tokens).repeat_interleave(experts.shape[1])
-    assert torch.equal(grouping.tokens[grouping.place], token_of_choice)
+    one = TiledExperts(Matrix.of(gate_and_up.unsqueeze(0)), Matrix.of(down.unsqueeze(0)))
+    gate, up = (x.double() @ gate_and_up.double().T).chunk(2, dim=-1)
+    expected = (functional.silu(gate) * up) @ down.double().T
+    output = DenseFeedForward(one)(x)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)

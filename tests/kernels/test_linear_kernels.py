@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shared.kernels.cpu.linear import MatrixUnitLinear, PlainLinear, TiledLinear
+from shared.kernels.cpu.linear import TiledLinear
 from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.cpu.products import BLOCK_BYTES, COLUMNS, column_block, multiply
 from shared.kernels.linear import Linear
@@ -17,8 +17,6 @@ from shared.kernels.linear import Linear
 INPUTS, OUTPUTS = 576, 320
 INT8_ERROR = 0.02
 """Relative; the weights are rounded to 127 steps of each row's largest."""
-MATRIX_UNIT_ERROR = 1e-2
-"""Relative; activations are rounded to 8 bits there."""
 
 FORMS: dict[str, Callable[[Tensor], Linear]] = {
     "float32": lambda weight: TiledLinear(Matrix.of(weight)),
@@ -133,22 +131,3 @@ def test_int8_rows_of_very_different_sizes_do_not_disturb_each_other(weight: Ten
 @pytest.mark.parametrize("form", FORMS)
 def test_a_row_of_zeros_gives_zeros(weight: Tensor, form: str) -> None:
     assert not FORMS[form](weight)(torch.zeros(2, INPUTS)).any()
-
-
-def test_the_plain_form_is_what_autograd_follows(weight: Tensor) -> None:
-    weight.requires_grad_()
-    x = torch.randn(4, INPUTS)
-    product = PlainLinear(weight)(x)
-    assert relative_error(product.detach(), x.double() @ weight.detach().double().T) < 1e-6
-    (gradient,) = torch.autograd.grad(product.sum(), weight)
-    torch.testing.assert_close(gradient, x.sum(dim=0).expand(OUTPUTS, INPUTS))
-
-
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bf16 here"
-)
-def test_matrix_units_round_activations_too(weight: Tensor) -> None:
-    x = torch.randn(5, INPUTS)
-    product = MatrixUnitLinear(weight.bfloat16())(x)
-    assert product.dtype == torch.float32
-    assert relative_error(product, x.double() @ weight.double().T) < MATRIX_UNIT_ERROR

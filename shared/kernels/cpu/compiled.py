@@ -81,7 +81,7 @@ def _hash_of_sources() -> str:
     digest = hashlib.sha256(
         f"{numba.__version__} {torch.backends.cpu.get_cpu_capability()}".encode()
     )
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

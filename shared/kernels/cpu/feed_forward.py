@@ -14,6 +14,7 @@ from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import silu
 from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.cpu.products import Floats, Weights, column_block, multiply_columns
+from shared.kernels.linear import Experts
 
 Indices = NDArray[np.int64]
 
@@ -47,17 +48,16 @@ class TiledExperts:
         return output
 
 
-class TiledFeedForward:
+class DenseFeedForward:
     """One gated feed-forward part, down(silu(gate x) * up x): a mixture of one expert."""
 
-    def __init__(self, gate_and_up: Matrix, down: Matrix) -> None:
-        """Keep gate above up `[1, 2 * I, hidden]`, and down `[1, hidden, I]`."""
-        self._experts = TiledExperts(gate_and_up, down)
+    def __init__(self, expert: Experts) -> None:
+        self._expert = expert
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, hidden]` to `[T, hidden]`."""
         tokens = x.shape[0]
-        return self._experts(x, torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1))
+        return self._expert(x, torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1))
 
 
 @kernel

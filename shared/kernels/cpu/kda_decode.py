@@ -7,7 +7,7 @@ With Z = Diag(exp g) S the decayed state (arXiv 2510.26692, equation 1):
     S = Z + k u^T
 
 A state comes from memory and goes back to it once: it stays in the cache between reading it and
-writing it.
+writing it, while the next one is fetched.
 """
 
 from typing import Final
@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import exp
-from shared.kernels.cpu.rows import dense_row
-from shared.kernels.cpu.tiles import LANES, outer_tile
+from shared.kernels.cpu.rows import dense_row, fetch_row
+from shared.kernels.cpu.tiles import outer_tile
+from shared.kernels.cpu.vectors import LANES
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
 WIDTH: Final = 4 * LANES
 """Values that are read at a time."""
-_READ = outer_tile(2, 4)
+_READ = outer_tile(2, WIDTH // LANES)
 
 
 @kernel
@@ -57,6 +58,7 @@ def attend_step(
     heads = q.shape[1]
     for item in numba.prange(slots.shape[0] * heads):
         request, head = item // heads, item % heads
+        following = min(item + 1, slots.shape[0] * heads - 1)
         _attend_head(
             dense_row(q[request], head),
             dense_row(k[request], head),
@@ -64,13 +66,21 @@ def attend_step(
             dense_row(g[request], head),
             beta[request, head],
             states[slots[request], head],
+            states[slots[following // heads], following % heads],
             dense_row(output[request], head),
         )
 
 
 @part
 def _attend_head(
-    q: Floats, k: Floats, v: Floats, g: Floats, beta: np.float32, state: Floats, output: Floats
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    g: Floats,
+    beta: np.float32,
+    state: Floats,
+    next_state: Floats,
+    output: Floats,
 ) -> None:
     channels, values = state.shape
     decay = np.empty(channels, np.float32)
@@ -93,6 +103,7 @@ def _attend_head(
     for n in range(values):
         output[n] = scale * (read[n] + product * update[n])
     for c in range(channels):
+        fetch_row(next_state, c)
         row, kept, key = state[c], decay[c], k[c]
         for n in range(values):
             row[n] = kept * row[n] + key * update[n]

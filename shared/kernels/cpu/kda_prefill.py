@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import exp
 from shared.kernels.cpu.rows import dense_row
-from shared.kernels.cpu.tiles import LANES, dot_tile, outer_tile, triangle_tile
+from shared.kernels.cpu.tiles import dot_tile, outer_tile, triangle_tile
+from shared.kernels.cpu.vectors import LANES
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]

@@ -49,6 +49,11 @@ class Matrix:
         return int(self.values.shape[-2])
 
     @property
+    def inputs(self) -> int:
+        """Elements of a row."""
+        return int(self.values.shape[-1])
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return int(self.values.shape[-1]) * self.values.itemsize
+        return self.inputs * self.values.itemsize

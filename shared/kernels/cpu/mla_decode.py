@@ -28,7 +28,8 @@ from shared.kernels.cpu.mla_pieces import (
     spread,
 )
 from shared.kernels.cpu.products import multiply_columns
-from shared.kernels.cpu.tiles import LANES, dot_tile, outer_tile
+from shared.kernels.cpu.tiles import dot_tile, outer_tile
+from shared.kernels.cpu.vectors import LANES
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int32] | NDArray[np.int64]

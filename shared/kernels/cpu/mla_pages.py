@@ -17,7 +17,8 @@ from shared.kernels.batch import PAGE_TOKENS
 from shared.kernels.cpu.compiled import part
 from shared.kernels.cpu.elementary import exp
 from shared.kernels.cpu.mla_pieces import LAST_PAGE, PAGE, TOKENS
-from shared.kernels.cpu.tiles import LANES, dot_tile, outer_tile
+from shared.kernels.cpu.tiles import dot_tile, outer_tile
+from shared.kernels.cpu.vectors import LANES
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int32] | NDArray[np.int64]

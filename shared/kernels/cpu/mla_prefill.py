@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from shared.kernels.batch import PAGE_TOKENS
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import exp
-from shared.kernels.cpu.tiles import LANES, outer_tile
+from shared.kernels.cpu.tiles import outer_tile
+from shared.kernels.cpu.vectors import LANES
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int32]

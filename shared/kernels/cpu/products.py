@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.kernels.cpu.compiled import kernel, part
-from shared.kernels.cpu.tiles import LANES, dot_tile
+from shared.kernels.cpu.tiles import dot_tile
+from shared.kernels.cpu.vectors import LANES
 
 Floats = NDArray[np.float32]
 Weights = NDArray[Any]
@@ -31,11 +32,11 @@ _ROW = dot_tile(1, 2 * COLUMNS, ahead=2)
 _ELEMENT = dot_tile(1, 1)
 
 
-def column_block(outputs: int, row_bytes: int, threads: int) -> int:
+def column_block(outputs: int, row_bytes: int, threads: int, columns: int = COLUMNS) -> int:
     """Outputs that a thread computes at a time: whole tiles, and as many for each thread."""
-    most = max(COLUMNS, BLOCK_BYTES // row_bytes)
+    most = max(columns, BLOCK_BYTES // row_bytes)
     pieces = threads * -(-outputs // (threads * most))
-    return COLUMNS * -(-outputs // (pieces * COLUMNS))
+    return columns * -(-outputs // (pieces * columns))
 
 
 @kernel

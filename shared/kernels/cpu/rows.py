@@ -10,6 +10,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from shared.kernels.cpu.vectors import LINE_BYTES, fetch, loop
+
 
 @intrinsic  # type: ignore[untyped-decorator]
 def dense_row(typing: Any, matrix: Any, index: Any) -> Any:
@@ -36,3 +38,26 @@ def dense_row(typing: Any, matrix: Any, index: Any) -> Any:
         return found._getvalue()  # noqa: SLF001
 
     return row(matrix, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fetch_row(typing: Any, matrix: Any, index: Any) -> Any:
+    """Ask for row `index` of a matrix whose rows have no gaps to be in the cache soon."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source = context.make_array(signature.args[0])(context, builder, arguments[0])
+        stride = cgutils.unpack_tuple(builder, source.strides, 2)[0]
+        length = cgutils.unpack_tuple(builder, source.shape, 2)[1]
+        start = builder.gep(
+            builder.bitcast(source.data, ir.IntType(8).as_pointer()),
+            [builder.mul(arguments[1], stride)],
+        )
+
+        def step(offset: Any, _: Any) -> list[Any]:
+            fetch(builder, builder.gep(start, [offset]))
+            return []
+
+        loop(builder, builder.mul(length, source.itemsize), LINE_BYTES, [], step)
+        return context.get_dummy_value()
+
+    return types.void(matrix, types.intp), generate

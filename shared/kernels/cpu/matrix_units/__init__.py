@@ -1,0 +1,1 @@
+"""Products on processors with units that multiply matrices of bf16 (Intel's AMX)."""

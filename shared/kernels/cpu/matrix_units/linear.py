@@ -1,0 +1,35 @@
+"""Products with a fixed matrix of bf16 on matrix units."""
+
+import torch
+from torch import Tensor
+
+from shared.kernels.cpu.matrix import Matrix
+from shared.kernels.cpu.matrix_units.products import multiply
+from shared.kernels.cpu.matrix_units.tiles import INPUTS, OUTPUTS, TILE
+from shared.kernels.cpu.products import column_block
+from shared.kernels.cpu.vectors import LANES
+
+
+def has_matrix_units() -> bool:
+    """Whether this process may use such units; asks the system for them."""
+    return LANES == TILE and bool(torch.cpu._init_amx())  # noqa: SLF001
+
+
+def fits_units(weight: Matrix) -> bool:
+    """Whether the matrix, or each of several, is made of whole tiles."""
+    return weight.inputs % INPUTS == 0 and weight.outputs >= OUTPUTS
+
+
+class MatrixUnitLinear:
+    """A matrix that fits the units, as it lies in memory."""
+
+    def __init__(self, weight: Matrix) -> None:
+        self._weight = weight.values
+        threads = torch.get_num_threads()
+        self._block = column_block(weight.outputs, weight.row_bytes, threads, OUTPUTS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[T, inputs]` to `[T, outputs]`."""
+        product = torch.empty(x.shape[0], self._weight.shape[0])
+        multiply(x.numpy(), self._weight, product.numpy(), self._block)
+        return product
