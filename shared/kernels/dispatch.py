@@ -1,7 +1,7 @@
 """The one place that chooses an implementation of the kernels, once, when a model is loaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -17,6 +17,7 @@ from shared.kernels.cpu.kda import kda
 from shared.kernels.cpu.latents import store_latents
 from shared.kernels.cpu.linear import TiledLinear
 from shared.kernels.cpu.matrix import Matrix
+from shared.kernels.cpu.matrix_units import mla as matrix_units_mla
 from shared.kernels.cpu.matrix_units.feed_forward import MatrixUnitExperts
 from shared.kernels.cpu.matrix_units.linear import MatrixUnitLinear, fits_units, has_matrix_units
 from shared.kernels.cpu.mla import latent_attention
@@ -129,7 +130,8 @@ def _experts_on_units(gate_and_up: Matrix, down: Matrix) -> Experts:
     return (MatrixUnitExperts if fit else TiledExperts)(gate_and_up, down)
 
 
-_MATRIX_UNITS: Final = _compiled(
-    torch.bfloat16, Matrix.of, linear=_linear_on_units, experts=_experts_on_units
+_MATRIX_UNITS: Final = replace(
+    _compiled(torch.bfloat16, Matrix.of, linear=_linear_on_units, experts=_experts_on_units),
+    latent_attention=matrix_units_mla.latent_attention,
 )
 """bf16 on processors that have units for products of such matrices."""

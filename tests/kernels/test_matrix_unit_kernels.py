@@ -8,10 +8,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from shared.kernels.batch import Batch, Placement
+from shared.kernels.cpu import mla
 from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.cpu.matrix_units.feed_forward import MatrixUnitExperts
 from shared.kernels.cpu.matrix_units.linear import MatrixUnitLinear, has_matrix_units
+from shared.kernels.cpu.matrix_units.mla import latent_attention
 from shared.kernels.cpu.matrix_units.products import multiply
+from tests.kernels.packing import ROWS, scattered
 
 pytestmark = pytest.mark.skipif(not has_matrix_units(), reason="the processor has no matrix units")
 
@@ -145,3 +149,87 @@ def test_what_experts_make_of_a_token_is_bit_for_bit_the_same_in_any_batch() -> 
     together = made(x, experts, shares)
     for rows in (slice(0, 1), slice(3, 10), slice(20, 80), slice(89, 90)):
         assert torch.equal(made(x[rows], experts[rows], shares[rows]), together[rows])
+
+
+# --- attention -------------------------------------------------------------------------------
+
+HEADS, NOPE, ROPE, RANK, VALUE = 3, 32, 32, 64, 64
+SCALE = (NOPE + ROPE) ** -0.5
+ATTENTION_ERROR = 0.01
+"""Relative; a bf16 number has 8 significant bits."""
+
+REQUESTS = [
+    ([150], [0]),
+    ([200], [64]),
+    ([250], [50]),
+    ([1100], [70]),
+    ([9, 130, 1], [130, 64, 63]),
+]
+"""New tokens, and tokens before them, of the requests of a batch."""
+
+
+def attention_operands(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, a pool full of latents, the expansion to keys and values."""
+    queries = torch.randn(tokens, HEADS, NOPE + ROPE)
+    return (
+        queries[..., :NOPE],
+        queries[..., NOPE:],
+        torch.randn(ROWS, RANK + ROPE),
+        torch.randn(HEADS, NOPE + VALUE, RANK) / RANK**0.5,
+    )
+
+
+@pytest.mark.parametrize(("counts", "seen"), REQUESTS, ids=str)
+def test_attention_is_that_of_fp32_but_for_rounding(counts: list[int], seen: list[int]) -> None:
+    batch = scattered(counts, seen)
+    operands = attention_operands(batch.rows)
+    expected = mla.latent_attention(*operands, SCALE, batch)
+    output = latent_attention(*operands, SCALE, batch)
+    assert (output - expected).norm() < ATTENTION_ERROR * expected.norm()
+    worst = (output - expected).abs().max() / expected.abs().max()
+    assert 0 < worst < 2 * ATTENTION_ERROR
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 200), st.integers(0, 300)), min_size=1, max_size=4),
+    seed=st.integers(0, 2**16),
+)
+def test_so_it_is_for_any_requests(requests: list[tuple[int, int]], seed: int) -> None:
+    counts, seen = zip(*requests, strict=True)
+    batch = scattered(counts, seen, seed)
+    operands = attention_operands(batch.rows)
+    expected = mla.latent_attention(*operands, SCALE, batch)
+    output = latent_attention(*operands, SCALE, batch)
+    assert (output - expected).norm() < ATTENTION_ERROR * expected.norm()
+
+
+def test_how_a_prompt_is_cut_and_by_how_many_threads_changes_no_bit() -> None:
+    q_nope, q_rope, latents, up = attention_operands(700)
+    placement = Placement(0, tuple(range(15)))
+    whole = latent_attention(
+        q_nope, q_rope, latents, up, SCALE, Batch.pack([700], [200], [placement])
+    )
+    for cut, threads in ((250, 1), (333, 3)):
+        torch.set_num_threads(threads)
+        for first, stop in ((0, cut), (cut, 700)):
+            part = Batch.pack([stop - first], [200 + first], [placement])
+            rows = slice(first, stop)
+            output = latent_attention(q_nope[rows], q_rope[rows], latents, up, SCALE, part)
+            assert torch.equal(output, whole[rows])
+
+
+def test_latents_behind_a_prompt_are_not_looked_at() -> None:
+    q_nope, q_rope, latents, up = attention_operands(130)
+    batch = Batch.pack([130], [0], [Placement(0, (0, 1, 2))])
+    expected = latent_attention(q_nope, q_rope, latents, up, SCALE, batch)
+    latents[130:] = torch.nan
+    assert torch.equal(latent_attention(q_nope, q_rope, latents, up, SCALE, batch), expected)
+
+
+def test_heads_that_are_not_made_of_whole_tiles_are_attended_without_units() -> None:
+    queries, up = torch.randn(130, 2, 40), torch.randn(2, 24 + 32, 64)
+    operands = queries[..., :24], queries[..., 24:], torch.randn(ROWS, 64 + 16), up
+    batch = Batch.pack([130], [0], [Placement(0, (0, 1, 2))])
+    expected = mla.latent_attention(*operands, SCALE, batch)
+    assert torch.equal(latent_attention(*operands, SCALE, batch), expected)

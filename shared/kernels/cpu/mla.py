@@ -3,7 +3,7 @@
 Both are fp32, compiled, and in bounded memory however long the context.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -17,6 +17,9 @@ from shared.kernels.cpu.mla_prefill import attend_to_keys
 
 Floats = NDArray[np.float32]
 
+ExpandedForm = Callable[..., None]
+"""As `cpu.mla_prefill.attend_to_keys`."""
+
 PREPARATION_KEYS: Final = 8
 """What the expanded form does once costs about as much as expanding so many keys."""
 
@@ -28,6 +31,7 @@ def latent_attention(
     key_value_up: Tensor,
     scale: float,
     batch: Batch,
+    attend_to_keys: ExpandedForm = attend_to_keys,
 ) -> Tensor:
     """Causal latent attention of each request's tokens over all its latents, in bounded memory.
 
@@ -41,6 +45,7 @@ def latent_attention(
         key_value_up: `[H, N + V, R]`.
         scale: factor of the scores, (N + P)^-1/2.
         batch: of T tokens.
+        attend_to_keys: the expanded form for one request.
 
     Returns:
         `[T, H, V]` in the dtype of the queries: what `reference.mla_attention` gives for each

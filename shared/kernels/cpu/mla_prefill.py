@@ -176,7 +176,8 @@ def _attend_span(
             width = (last_panel - first_panel) * WIDTH
             hidden = start - (position + first_panel * WIDTH)
             _score(scratch.queries[first_panel:last_panel], keys, hidden, scratch)
-            _weigh(scratch, keys, width, scratch.maximum[block], scratch.total[block])
+            maximum, total = scratch.maximum[block], scratch.total[block]
+            weigh(scratch.scores, scratch.kept, keys, width, maximum, total)
             _add_values(scratch, keys, width, scratch.sums[block])
 
 
@@ -221,12 +222,21 @@ def _score(queries: Floats, keys: int, hidden: int, scratch: _Scratch) -> None:
 
 
 @part
-def _weigh(scratch: _Scratch, keys: int, width: int, maximum: Floats, total: Floats) -> None:
+def weigh(
+    scores: Floats, kept: Floats, keys: int, width: int, maximum: Floats, total: Floats
+) -> None:
     """Make scores weights, e^(score - maximum), and bring the total to the new maximum.
 
     Every query sees key 0, which is in the first block: its maximum is finite from then on.
+
+    Args:
+        scores: `[keys or more, width or more]`.
+        kept: `[width or more]`, to be written: what is left of a sum when the maximum rises.
+        keys: of the block.
+        width: queries of the block.
+        maximum: `[width or more]`, of the scores so far.
+        total: `[width or more]`, of e^(score - maximum).
     """
-    scores, kept = scratch.scores, scratch.kept
     for query in range(width):
         kept[query] = maximum[query]
     for key in range(keys):

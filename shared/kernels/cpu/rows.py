@@ -42,7 +42,7 @@ def dense_row(typing: Any, matrix: Any, index: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def fetch_row(typing: Any, matrix: Any, index: Any) -> Any:
-    """Ask for row `index` of a matrix whose rows have no gaps to be in the cache soon."""
+    """Ask for row `index` of a matrix whose rows have no gaps to be in a core's second cache."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = context.make_array(signature.args[0])(context, builder, arguments[0])
@@ -54,7 +54,7 @@ def fetch_row(typing: Any, matrix: Any, index: Any) -> Any:
         )
 
         def step(offset: Any, _: Any) -> list[Any]:
-            fetch(builder, builder.gep(start, [offset]))
+            fetch(builder, builder.gep(start, [offset]), level=2)
             return []
 
         loop(builder, builder.mul(length, source.itemsize), LINE_BYTES, [], step)

@@ -77,10 +77,10 @@ class Rows:
                 fetch(self.builder, self.builder.gep(row, [self._offset(column)]))
 
     def store_vector(self, row: Any, column: Any, value: Any) -> None:
-        """Write LANES elements, of 4 bytes each."""
+        """Write LANES elements, in the width that the row has."""
         address = self.builder.gep(row, [self._offset(column)])
         address = self.builder.bitcast(address, value.type.as_pointer())
-        self.builder.store(value, address, align=4)
+        self.builder.store(value, address, align=self._size)
 
     @property
     def _size(self) -> int:
@@ -265,13 +265,13 @@ def _masked_load(builder: Any, address: Any, packed: Any, size: int, mask: Any) 
     return builder.call(load, [address, ir.Constant(ir.IntType(32), size), mask, nothing])
 
 
-def fetch(builder: Any, address: Any) -> None:
-    """Ask for what is there to be in the cache soon; there need not be anything."""
+def fetch(builder: Any, address: Any, *, level: int = 1) -> None:
+    """Ask for what is there to be in a core's cache of this level; there need not be anything."""
     count = ir.IntType(32)
     shape = ir.FunctionType(ir.VoidType(), [address.type, count, count, count])
-    for_reading, soon, data = (ir.Constant(count, n) for n in (0, 3, 1))
+    for_reading, locality, data = (ir.Constant(count, n) for n in (0, 4 - level, 1))
     prefetch = llvm_function(builder, "llvm.prefetch.p0", shape)
-    builder.call(prefetch, [address, for_reading, soon, data])
+    builder.call(prefetch, [address, for_reading, locality, data])
 
 
 def llvm_function(builder: Any, name: str, shape: ir.FunctionType) -> Any:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from shared.kernels.cpu.vectors import (
     INDEX,
     Arrays,
+    Rows,
     constant_vector,
     fetch,
     llvm_function,
@@ -84,19 +85,19 @@ def _configuration_instruction(name: str) -> Callable[..., Any]:
 
 
 @cache
-def product_tile(panels: int) -> Any:
+def product_tile(panels: int, *, adds: bool = False) -> Any:
     """Make `tile(w, i, j, x, p, products)`, products of two times 16 outputs with 1 or 2 panels.
 
         products[:16] = w[i : i + 16] @ x[p : p + panels].T
         products[16:] = w[j : j + 16] @ x[p : p + panels].T
 
     w `[outputs, inputs]` is bf16 (as uint16), x `[P, inputs / 2, 16]`, products fp32 `[32, 32]`;
-    inputs are a multiple of 32.
+    inputs are a multiple of 32. One that adds does so to what is in products.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(typing: Any, w: Any, i: Any, j: Any, x: Any, p: Any, products: Any) -> Any:
-        return types.void(w, i, j, x, p, products), _products_of(panels)
+        return types.void(w, i, j, x, p, products), _products_of(panels, adds=adds)
 
     return tile
 
@@ -118,7 +119,7 @@ def fetching_product_tile(panels: int) -> Any:
     return tile
 
 
-def _products_of(panels: int) -> Callable[..., Any]:
+def _products_of(panels: int, *, adds: bool = False) -> Callable[..., Any]:
     """What generates the tile of so many panels."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -130,8 +131,12 @@ def _products_of(panels: int) -> Callable[..., Any]:
         next_rows = [w.address(row) for row in arguments[6:]]
         left, right = (0, 1), range(2, 2 + panels)
         sums = {4 + n: (left[n // panels], right[n % panels]) for n in range(2 * panels)}
-        for register in sums:
-            units.clear(register)
+        places = [_quarter(products, n // panels, n % panels) for n in range(len(sums))]
+        for register, place in zip(sums, places, strict=True):
+            if adds:
+                units.load(register, place, products.strides[0])
+            else:
+                units.clear(register)
 
         def step(k: Any, _: Sequence[Any]) -> list[Any]:
             offset = builder.mul(k, ir.Constant(INDEX, 2))
@@ -147,13 +152,17 @@ def _products_of(panels: int) -> Callable[..., Any]:
             return []
 
         loop(builder, w.length, INPUTS, [], step)
-        for n, register in enumerate(sums):
-            row = products.address(ir.Constant(INDEX, TILE * (n // panels)))
-            column = ir.Constant(INDEX, _ROW_BYTES * (n % panels))
-            units.store(register, builder.gep(row, [column]), products.strides[0])
+        for register, place in zip(sums, places, strict=True):
+            units.store(register, place, products.strides[0])
         return context.get_dummy_value()
 
     return generate
+
+
+def _quarter(products: Rows, below: int, beside: int) -> Any:
+    """Where a register's products are among those of all."""
+    row = products.address(ir.Constant(INDEX, TILE * below))
+    return products.builder.gep(row, [ir.Constant(INDEX, _ROW_BYTES * beside)])
 
 
 def _fetch_tile(builder: Any, address: Any) -> None:
@@ -208,6 +217,24 @@ def pair_tile(typing: Any, values: Any, i: Any, t: Any, panel: Any, row: Any) ->
         return context.get_dummy_value()
 
     return types.void(values, i, t, panel, row), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def round_tile(typing: Any, x: Any, i: Any, j: Any, w: Any, row: Any, column: Any) -> Any:
+    """Write 16 elements of a row of x (fp32, rounded) to a row of weights (bf16, as uint16).
+
+    w[row, column : column + 16] = x[i, j : j + 16]
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        arrays = Arrays(context, builder, signature, arguments)
+        x, w = arrays.rows(0), arrays.rows(3)
+        _, i, j, _, row, column = arguments
+        halves = _rounded(builder, x.vector(x.address(i), j, None))
+        w.store_vector(w.address(row), column, halves)
+        return context.get_dummy_value()
+
+    return types.void(x, i, j, w, row, column), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -277,16 +304,16 @@ def _instruction(builder: Any, name: str, *arguments: ir.Type) -> Any:
 # --- vectors ---------------------------------------------------------------------------------
 
 
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bf16, which llvmlite has no name for."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
 def _rounded(builder: Any, floats: Any) -> Any:
     """fp32 as the bits of the nearest bf16, of two the even one; a NaN stays one."""
-    bits = builder.bitcast(floats, _WORDS)
-    shift = constant_vector(_WORDS, 16)
-    odd = builder.and_(builder.lshr(bits, shift), constant_vector(_WORDS, 1))
-    raised = builder.add(builder.add(bits, constant_vector(_WORDS, 0x7FFF)), odd)
-    is_number = builder.fcmp_ordered("ord", floats, floats)
-    quiet = builder.or_(bits, constant_vector(_WORDS, 1 << 22))
-    chosen = builder.select(is_number, raised, quiet)
-    return builder.trunc(builder.lshr(chosen, shift), _HALVES)
+    return builder.bitcast(builder.fptrunc(floats, ir.VectorType(_BFloat(), TILE)), _HALVES)
 
 
 def _transposed(builder: Any, rows: Sequence[Any]) -> list[Any]:
