@@ -153,7 +153,7 @@ def test_what_experts_make_of_a_token_is_bit_for_bit_the_same_in_any_batch() -> 
 
 # --- attention -------------------------------------------------------------------------------
 
-HEADS, NOPE, ROPE, RANK, VALUE = 3, 32, 32, 64, 64
+HEADS, NOPE, ROPE, RANK, VALUE = 3, 32, 16, 64, 64
 SCALE = (NOPE + ROPE) ** -0.5
 ATTENTION_ERROR = 0.01
 """Relative; a bf16 number has 8 significant bits."""

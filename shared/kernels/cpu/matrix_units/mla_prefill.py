@@ -48,25 +48,27 @@ _ADDED_PRODUCT = product_tile(2, adds=True)
 
 def attention_fits_units(nope: int, rope: int, rank: int, value: int) -> bool:
     """Whether all products of heads of these dimensions are made of whole tiles."""
-    steps = (nope + rope) % INPUTS, rank % INPUTS
-    return not any(steps) and nope % (2 * TILE) == rope % TILE == value % OUTPUTS == 0
+    return rank % INPUTS == nope % (2 * TILE) == rope % TILE == value % OUTPUTS == 0
 
 
 class _Scratch(NamedTuple):
-    """What a thread works on."""
+    """What a thread works on.
+
+    Channels of keys are those of `[N; P]`, padded with zeros to whole steps.
+    """
 
     key_up: Panels
     """`[N / 16, R / 2, 16]`: W_uk of the head."""
     value_up: Weights
     """`[V, R]`: W_uv of the head."""
     queries: Panels
-    """`[query panels, (N + P) / 2, 16]`, scaled; an even number of panels."""
+    """`[query panels, channels / 2, 16]`, scaled; an even number of panels."""
     rows: Weights
     """`[PAGE_TOKENS, R]`: latents of a page."""
     panels: Panels
     """`[PAGE_TOKENS / 16, R / 2, 16]`: the same."""
     keys: Weights
-    """`[PAGE_TOKENS, N + P]`."""
+    """`[PAGE_TOKENS, channels]`."""
     values: Weights
     """`[V, PAGE_TOKENS]`."""
     scores: Floats
@@ -120,7 +122,8 @@ def attend_to_keys(
 def _scratch(queries: int, q_nope: Floats, q_rope: Floats, key_value_up: Floats) -> _Scratch:
     """Room for so many queries."""
     nope, rank = q_nope.shape[2], key_value_up.shape[2]
-    channels, value = nope + q_rope.shape[2], key_value_up.shape[1] - nope
+    channels = -(-(nope + q_rope.shape[2]) // INPUTS) * INPUTS
+    value = key_value_up.shape[1] - nope
     blocks = -(-queries // BLOCK)
     return _Scratch(
         np.empty((nope // TILE, rank // 2, TILE), np.uint32),
@@ -128,7 +131,7 @@ def _scratch(queries: int, q_nope: Floats, q_rope: Floats, key_value_up: Floats)
         np.empty((blocks * BLOCK // TILE, channels // 2, TILE), np.uint32),
         np.empty((PAGE_TOKENS, rank), np.uint16),
         np.empty((PAGE_TOKENS // TILE, rank // 2, TILE), np.uint32),
-        np.empty((PAGE_TOKENS, channels), np.uint16),
+        np.zeros((PAGE_TOKENS, channels), np.uint16),
         np.empty((value, PAGE_TOKENS), np.uint16),
         np.empty((PAGE_TOKENS, STRIDE), np.float32),
         np.empty((BLOCK // TILE, PAGE_TOKENS // 2, TILE), np.uint32),
@@ -155,7 +158,7 @@ def _take_head(
     for panel in range(scratch.key_up.shape[0]):
         pack(key_value_up[head, :nope], rows, panel * TILE, nope, scratch.key_up[panel])
     _round(key_value_up[head, nope:], scratch.value_up)
-    queries = np.empty((tokens, nope + rope), np.float32)
+    queries = np.zeros((tokens, scratch.keys.shape[1]), np.float32)
     for token in range(tokens):
         for channel in range(nope):
             queries[token, channel] = scale * q_nope[token, head, channel]
