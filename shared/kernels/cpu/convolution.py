@@ -57,31 +57,34 @@ def _convolve(
     epsilon: np.float32,
     y: Floats,
 ) -> None:
-    """A thread takes some tokens of all requests; the states advance when none needs them."""
-    for row in numba.prange(x.shape[0]):
+    """A thread takes some heads of all requests; the states advance when none needs them."""
+    heads = y.shape[2]
+    for item in numba.prange(x.shape[0] * heads):
+        row, head = item // heads, item % heads
         request = np.searchsorted(bounds, row, side="right") - 1
         token, state = row - bounds[request], states[slots[request]]
-        _convolve_token(x, weight, state, row, token, y[row].reshape(-1))
+        for kind in range(3):
+            first = (kind * heads + head) * y.shape[3]
+            _convolve_channels(x, weight, state, row, token, first, y[row, kind, head])
         for kind in range(2):
-            for head in range(y.shape[2]):
-                _l2_normalize(y[row, kind, head], epsilon)
+            _l2_normalize(y[row, kind, head], epsilon)
     for request in numba.prange(slots.shape[0]):
         _advance(states[slots[request]], x[bounds[request] : bounds[request + 1]])
 
 
 @part
-def _convolve_token(
-    x: Floats, weight: Floats, state: Floats, row: int, token: int, y: Floats
+def _convolve_channels(
+    x: Floats, weight: Floats, state: Floats, row: int, token: int, first: int, y: Floats
 ) -> None:
-    """All channels of a token, which is in a row of x and so many behind its request's first."""
-    taps = state.shape[0]
-    own, own_weight = dense_row(x, row), weight[taps]
+    """The channels from `first` on of a row of x, which is so many behind its request's first."""
+    taps, stop = state.shape[0], first + y.shape[0]
+    own, own_weight = dense_row(x, row)[first:stop], weight[taps, first:stop]
     for channel in range(y.shape[0]):
         y[channel] = own[channel] * own_weight[channel]
     for tap in range(taps):
         back = taps - tap
         earlier = dense_row(x, row - back) if back <= token else state[token + tap]
-        tap_weight = weight[tap]
+        earlier, tap_weight = earlier[first:stop], weight[tap, first:stop]
         for channel in range(y.shape[0]):
             y[channel] += earlier[channel] * tap_weight[channel]
     for channel in range(y.shape[0]):
