@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from shared.kernels.batch import Batch
-from shared.kernels.dispatch import Kernels
 from shared.kernels.expert_choice import choose_experts
+from shared.kernels.interface import Kernels
 from shared.kernels.linear import Experts, GatedFeedForward, Linear
 from shared.kernels.reference import decays_and_steps, store_latents
 from training.experts import GroupedExperts

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.kernels.dispatch import Kernels, kernels_for
+from shared.kernels.dispatch import kernels_for
+from shared.kernels.interface import Kernels
 from shared.kimi_linear.checkpoint import assemble_weights
 from shared.kimi_linear.config import CONFIG_FILE, KimiLinearConfig
 from shared.kimi_linear.safetensors_header import Shape

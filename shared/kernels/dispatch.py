@@ -1,14 +1,13 @@
 """The one place that chooses an implementation of the kernels, once, when a model is loaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from shared.errors import UnsupportedDeviceError
-from shared.kernels.batch import Batch
 from shared.kernels.cpu.convolution import convolved_heads
 from shared.kernels.cpu.decay import decays_and_steps
 from shared.kernels.cpu.expert_choice import choose_experts
@@ -22,50 +21,14 @@ from shared.kernels.cpu.matrix_units.feed_forward import MatrixUnitExperts
 from shared.kernels.cpu.matrix_units.linear import MatrixUnitLinear, fits_units, has_matrix_units
 from shared.kernels.cpu.mla import latent_attention
 from shared.kernels.cpu.normalization import gated_rms_norm, rms_norm
-from shared.kernels.dtypes import StateDType, WeightDType
-from shared.kernels.expert_choice import ExpertChoice
+from shared.kernels.dtypes import WeightDType
+from shared.kernels.interface import Kernels
 from shared.kernels.linear import Experts, Linear
 
 AUTOMATIC: Final[WeightDType] = "bfloat16"
 """What `auto` is on every device: the width of the published weights, so nothing is rounded, with
 half of what fp32 reads from memory. Matrix units (AMX, tensor cores) round activations to it too;
 on other processors they are fp32. int8 rounds the weights, and has to be asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """The operations of the model that are written anew for each kind of device.
-
-    Those that have a plain form in `reference` are tested against it.
-    """
-
-    loaded_dtype: torch.dtype
-    """Of the matrices that `linear` and `experts` take."""
-    activation_dtype: torch.dtype
-    state_dtype: StateDType
-    """Of latents and convolution states; KDA states are fp32."""
-    linear: Callable[[Tensor], Linear]
-    """Matrix `[outputs, inputs]` -> product; the matrix itself need not be kept."""
-    choose_experts: Callable[[Tensor, Tensor, Tensor, ExpertChoice], tuple[Tensor, Tensor]]
-    """x, router, bias, choice -> experts, shares: `expert_choice.choose_experts`."""
-    experts: Callable[[Tensor, Tensor], Experts]
-    """Gate above up `[E, 2 * I, hidden]`, down `[E, hidden, I]` -> experts."""
-    feed_forward: Callable[[Tensor, Tensor], Linear]
-    """Gate above up `[2 * I, hidden]`, down `[hidden, I]` -> down(silu(gate x) * up x)."""
-    convolved_heads: Callable[[Tensor, Tensor, Tensor, Batch, int, float], Tensor]
-    """x, weight, states, batch, H, epsilon -> q, k, v: `cpu.convolution.convolved_heads`."""
-    decays_and_steps: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """raised, steps, bias, rate -> g, beta: `reference.decays_and_steps`."""
-    kda: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Batch], Tensor]
-    """q, k, v, g, beta, states, batch -> o: `cpu.kda.kda`."""
-    store_latents: Callable[[Tensor, Tensor, float, Tensor, Batch], None]
-    """x, weight, epsilon, latents, batch: `reference.store_latents`."""
-    latent_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, Batch], Tensor]
-    """q_nope, q_rope, latents, key_value_up, scale, batch -> values: `cpu.mla.latent_attention`."""
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    """x, weight, epsilon -> normalised."""
-    gated_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    """x, gate, weight, epsilon -> normalised and gated."""
 
 
 def kernels_for(device_type: str, dtype: WeightDType) -> Kernels:

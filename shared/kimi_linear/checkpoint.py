@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shared.kernels.dispatch import Kernels
+from shared.kernels.interface import Kernels
 from shared.kernels.linear import Linear
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.read_progress import ReadProgress, unobserved

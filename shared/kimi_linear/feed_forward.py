@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from shared.kernels.dispatch import Kernels
 from shared.kernels.expert_choice import ExpertChoice
+from shared.kernels.interface import Kernels
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.weights import MixtureWeights
 

@@ -5,7 +5,7 @@ from typing import Final
 from torch import Tensor
 
 from shared.kernels.batch import Batch
-from shared.kernels.dispatch import Kernels
+from shared.kernels.interface import Kernels
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.state_pool import StatePool
 from shared.kimi_linear.weights import MlaWeights

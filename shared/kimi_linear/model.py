@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from shared.kernels.batch import Batch
-from shared.kernels.dispatch import Kernels
+from shared.kernels.interface import Kernels
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.feed_forward import MixtureOfExperts
 from shared.kimi_linear.kda import KdaAttention

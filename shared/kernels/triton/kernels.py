@@ -6,9 +6,9 @@ from torch.nn import functional
 
 from shared.errors import UnsupportedDeviceError
 from shared.kernels.batch import Batch
-from shared.kernels.dispatch import Kernels
 from shared.kernels.dtypes import WeightDType
 from shared.kernels.expert_choice import choose_experts
+from shared.kernels.interface import Kernels
 from shared.kernels.linear import GatedFeedForward, Linear
 from shared.kernels.reference import decays_and_steps
 from shared.kernels.torch_dtypes import TORCH_DTYPES

@@ -1,0 +1,48 @@
+"""What kernels are for the model around them, whatever the device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.kernels.batch import Batch
+from shared.kernels.dtypes import StateDType
+from shared.kernels.expert_choice import ExpertChoice
+from shared.kernels.linear import Experts, Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The operations of the model that are written anew for each kind of device.
+
+    Those that have a plain form in `reference` are tested against it.
+    """
+
+    loaded_dtype: torch.dtype
+    """Of the matrices that `linear` and `experts` take."""
+    activation_dtype: torch.dtype
+    state_dtype: StateDType
+    """Of latents and convolution states; KDA states are fp32."""
+    linear: Callable[[Tensor], Linear]
+    """Matrix `[outputs, inputs]` -> product; the matrix itself need not be kept."""
+    choose_experts: Callable[[Tensor, Tensor, Tensor, ExpertChoice], tuple[Tensor, Tensor]]
+    """x, router, bias, choice -> experts, shares: `expert_choice.choose_experts`."""
+    experts: Callable[[Tensor, Tensor], Experts]
+    """Gate above up `[E, 2 * I, hidden]`, down `[E, hidden, I]` -> experts."""
+    feed_forward: Callable[[Tensor, Tensor], Linear]
+    """Gate above up `[2 * I, hidden]`, down `[hidden, I]` -> down(silu(gate x) * up x)."""
+    convolved_heads: Callable[[Tensor, Tensor, Tensor, Batch, int, float], Tensor]
+    """x, weight, states, batch, H, epsilon -> q, k, v: `cpu.convolution.convolved_heads`."""
+    decays_and_steps: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """raised, steps, bias, rate -> g, beta: `reference.decays_and_steps`."""
+    kda: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Batch], Tensor]
+    """q, k, v, g, beta, states, batch -> o: `cpu.kda.kda`."""
+    store_latents: Callable[[Tensor, Tensor, float, Tensor, Batch], None]
+    """x, weight, epsilon, latents, batch: `reference.store_latents`."""
+    latent_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, Batch], Tensor]
+    """q_nope, q_rope, latents, key_value_up, scale, batch -> values: `cpu.mla.latent_attention`."""
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    """x, weight, epsilon -> normalised."""
+    gated_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    """x, gate, weight, epsilon -> normalised and gated."""
