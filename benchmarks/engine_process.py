@@ -53,11 +53,11 @@ def main() -> None:
     parser.add_argument("threads", type=int)
     parser.add_argument("workload", type=Workload.model_validate_json, help="as JSON")
     given = parser.parse_args()
-    engine = MeasuredEngine(given.model, given.dtype, given.threads)
+    loaded = given.model, given.dtype, given.threads
     if given.task == "measure":
-        print(measure(engine, given.workload).model_dump_json())
+        print(measure(MeasuredEngine(*loaded), given.workload).model_dump_json())
     else:
-        print("\n".join(tables(engine, given.workload)))
+        print("\n".join(tables(*loaded, given.workload)))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,93 @@
-"""Where the engine's time goes, by operation."""
+"""Where the engine's time goes, by kernel."""
 
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from functools import partial
-from typing import Final
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from unittest.mock import patch
 
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
 from benchmarks.measured_engine import MeasuredEngine
 from benchmarks.measurement import Workload
+from shared.kernels.dispatch import kernels_for
+from shared.kernels.dtypes import WeightDType, WeightDTypeChoice
+from shared.kernels.interface import Kernels
 
-ROWS: Final = 20
+ResultT = TypeVar("ResultT")
+
+_MATRICES: Final = {"linear", "experts", "feed_forward"}
+"""Kernels that take matrices and give what multiplies with them."""
 
 
-def tables(engine: MeasuredEngine, workload: Workload) -> Iterator[str]:
+class KernelTimes:
+    """Time spent in each kernel, and calls of it; products by the shape of their matrices."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._calls: Counter[str] = Counter()
+
+    def kernels_for(self, device_type: str, dtype: WeightDType) -> Kernels:
+        """Choose kernels as usual, and time them."""
+        kernels = kernels_for(device_type, dtype)
+        operations = {
+            field.name: getattr(kernels, field.name)
+            for field in fields(kernels)
+            if field.name not in ("loaded_dtype", "activation_dtype", "state_dtype")
+        }
+        timed: dict[str, Any] = {
+            name: self._timed_product(name, operation)
+            if name in _MATRICES
+            else self._timed(name, operation)
+            for name, operation in operations.items()
+        }
+        return replace(kernels, **timed)
+
+    def of(self, work: Callable[[], float]) -> Iterator[str]:
+        """Lines of a table: kernels by the time spent in them, then what lies between them."""
+        self._seconds.clear()
+        self._calls.clear()
+        seconds = work()
+        yield f"{'kernel':<40}{'calls':>10}{'ms':>12}{'share':>8}"
+        for name, spent in sorted(self._seconds.items(), key=lambda item: -item[1]):
+            yield f"{name:<40}{self._calls[name]:>10}{1000 * spent:>12.2f}{spent / seconds:>8.1%}"
+        rest = seconds - sum(self._seconds.values())
+        yield f"{'between kernels':<50}{1000 * rest:>12.2f}{rest / seconds:>8.1%}"
+        yield f"{'by the clock':<50}{1000 * seconds:>12.2f}"
+        yield ""
+
+    def _timed_product(self, name: str, make: Callable[..., Callable[..., ResultT]]) -> object:
+        def made(*matrices: Tensor) -> Callable[..., ResultT]:
+            return self._timed(f"{name} {list(matrices[0].shape)}", make(*matrices))
+
+        return made
+
+    def _timed(self, name: str, operation: Callable[..., ResultT]) -> Callable[..., ResultT]:
+        def call(*arguments: object) -> ResultT:
+            start = time.perf_counter()
+            result = operation(*arguments)
+            self._seconds[name] += time.perf_counter() - start
+            self._calls[name] += 1
+            return result
+
+        return call
+
+
+def tables(
+    model: Path, dtype: WeightDTypeChoice, threads: int, workload: Workload
+) -> Iterator[str]:
     """Give a table for each point of a workload; each runs once before it is profiled."""
+    times = KernelTimes()
+    with patch("shared.kimi_linear.engine.kernels_for", times.kernels_for):
+        engine = MeasuredEngine(model, dtype, threads)
     for tokens in workload.prefill:
         with engine.requests(2, room=tokens) as (first, second):
             engine.prefill(tokens, first)
             yield f"{engine.dtype}, prefill of {tokens} tokens"
-            yield from _operations(partial(engine.prefill, tokens, second))
+            yield from times.of(partial(engine.prefill, tokens, second))
     context, steps = workload.context, workload.steps
     for requests in workload.decode:
         with engine.requests(requests, room=context + 2 * steps) as states:
@@ -26,23 +95,4 @@ def tables(engine: MeasuredEngine, workload: Workload) -> Iterator[str]:
                 engine.prefill(context, state)
             engine.decode(steps, states)
             yield f"{engine.dtype}, {steps} steps of {requests} requests after {context} tokens"
-            yield from _operations(partial(engine.decode, steps, states))
-
-
-def _operations(work: Callable[[], float]) -> Iterator[str]:
-    """The operations by the time spent in themselves; the last row has all others."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        seconds = work()
-    milliseconds = {
-        f"{event.key:<50.50}{event.count:>10}": event.self_cpu_time_total / 1000
-        for event in profiler.key_averages()
-    }
-    total = sum(milliseconds.values())
-    ordered = sorted(milliseconds.items(), key=lambda item: -item[1])
-    yield f"{'operation':<50}{'calls':>10}{'ms':>12}{'share':>8}"
-    for name, spent in ordered[:ROWS]:
-        yield f"{name}{spent:>12.1f}{spent / total:>8.1%}"
-    others = sum(spent for _, spent in ordered[ROWS:])
-    yield f"{f'{len(ordered[ROWS:])} others':<60}{others:>12.1f}{others / total:>8.1%}"
-    yield f"{'by the clock':<60}{seconds * 1000:>12.1f}"
-    yield ""
+            yield from times.of(partial(engine.decode, steps, states))
