@@ -50,7 +50,7 @@ class Recipe:
 
     The data of a step depends on the step alone, and the learning rate falls at the end only, so a
     run may be cut short: give it fewer steps before its last `decay_steps` begin. In
-    `own_loop_steps` more, at a lower rate, a sequence of each is what the model makes of text
+    `own_loop_steps` more, at a lower rate, some sequences of each are what the model makes of text
     (`own_loops`).
     """
 

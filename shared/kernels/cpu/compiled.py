@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -105,7 +106,7 @@ _THREADS: Final = _Threads()
 
 def kernel(function: FunctionT) -> FunctionT:
     """Compile what Python calls: a `prange` in it runs in as many threads as torch's operations."""
-    compiled = numba.njit(parallel=True, **_OPTIONS)(function)
+    compiled = _kept_where_possible(numba.njit(parallel=True, **_OPTIONS)(function))
     most: int = numba.config.NUMBA_NUM_THREADS
 
     @wraps(function)
@@ -124,7 +125,18 @@ def kernel(function: FunctionT) -> FunctionT:
 
 def part(function: FunctionT) -> FunctionT:
     """Compile what kernels call."""
-    compiled: FunctionT = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(
-        function
-    )
+    compiled = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
+    return cast("FunctionT", _kept_where_possible(compiled))
+
+
+def _kept_where_possible(compiled: Any) -> Any:
+    """Have a full disk, say, cost the next process a compilation and not this one its kernel."""
+    cache = compiled._cache  # noqa: SLF001 - numba has no other way to it
+    save = cache.save_overload
+
+    def save_or_leave(*overload: object) -> None:
+        with suppress(OSError):
+            save(*overload)
+
+    cache.save_overload = save_or_leave
     return compiled

@@ -7,10 +7,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from shared.kernels.cpu.vectors import LINE_BYTES, fetch, loop
+from shared.kernels.cpu.vectors import INDEX, LINE_BYTES, Arrays, fetch, loop
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -19,20 +18,16 @@ def dense_row(typing: Any, matrix: Any, index: Any) -> Any:
     row = types.Array(matrix.dtype, 1, "C", readonly=not matrix.mutable)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source = context.make_array(signature.args[0])(context, builder, arguments[0])
-        stride = cgutils.unpack_tuple(builder, source.strides, 2)[0]
-        length = cgutils.unpack_tuple(builder, source.shape, 2)[1]
-        start = builder.gep(
-            builder.bitcast(source.data, ir.IntType(8).as_pointer()),
-            [builder.mul(arguments[1], stride)],
-        )
+        source = Arrays(context, builder, signature, arguments).rows(0)
+        start = source.address(arguments[1])
+        size = ir.Constant(INDEX, source.element_bytes)
         found = context.make_array(row)(context, builder)
         context.populate_array(
             found,
             data=builder.bitcast(start, found.data.type),
-            shape=[length],
-            strides=[source.itemsize],
-            itemsize=source.itemsize,
+            shape=[source.length],
+            strides=[size],
+            itemsize=size,
             meminfo=None,
         )
         return found._getvalue()  # noqa: SLF001
@@ -45,19 +40,15 @@ def fetch_row(typing: Any, matrix: Any, index: Any) -> Any:
     """Ask for row `index` of a matrix whose rows have no gaps to be in a core's second cache."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source = context.make_array(signature.args[0])(context, builder, arguments[0])
-        stride = cgutils.unpack_tuple(builder, source.strides, 2)[0]
-        length = cgutils.unpack_tuple(builder, source.shape, 2)[1]
-        start = builder.gep(
-            builder.bitcast(source.data, ir.IntType(8).as_pointer()),
-            [builder.mul(arguments[1], stride)],
-        )
+        source = Arrays(context, builder, signature, arguments).rows(0)
+        start = source.address(arguments[1])
 
         def step(offset: Any, _: Any) -> list[Any]:
             fetch(builder, builder.gep(start, [offset]), level=2)
             return []
 
-        loop(builder, builder.mul(length, source.itemsize), LINE_BYTES, [], step)
+        size = ir.Constant(INDEX, source.element_bytes)
+        loop(builder, builder.mul(source.length, size), LINE_BYTES, [], step)
         return context.get_dummy_value()
 
     return types.void(matrix, types.intp), generate

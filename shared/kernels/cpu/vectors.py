@@ -61,14 +61,14 @@ class Rows:
         address = self.builder.gep(row, [self._offset(column)])
         address = self.builder.bitcast(address, packed.as_pointer())
         if mask is None:
-            loaded = self.builder.load(address, align=self._size)
+            loaded = self.builder.load(address, align=self.element_bytes)
         else:
-            loaded = _masked_load(self.builder, address, packed, self._size, mask)
+            loaded = _masked_load(self.builder, address, packed, self.element_bytes, mask)
         return self._as_float(loaded)
 
     def fetch_line(self, rows: Sequence[Any], column: Any) -> None:
         """Fetch where a line of the cache begins: not once more for each vector of it."""
-        in_line = ir.Constant(INDEX, LINE_BYTES // self._size - 1)
+        in_line = ir.Constant(INDEX, LINE_BYTES // self.element_bytes - 1)
         begins = self.builder.icmp_signed(
             "==", self.builder.and_(column, in_line), ir.Constant(INDEX, 0)
         )
@@ -80,16 +80,16 @@ class Rows:
         """Write LANES elements, in the width that the row has."""
         address = self.builder.gep(row, [self._offset(column)])
         address = self.builder.bitcast(address, value.type.as_pointer())
-        self.builder.store(value, address, align=self._size)
+        self.builder.store(value, address, align=self.element_bytes)
 
     @property
-    def _size(self) -> int:
+    def element_bytes(self) -> int:
         """Bytes of an element."""
         return self.element.width // 8 if isinstance(self.element, ir.IntType) else 4
 
     def _offset(self, column: Any) -> Any:
         """Bytes from the beginning of a row that has no gaps."""
-        return self.builder.mul(column, ir.Constant(INDEX, self._size))
+        return self.builder.mul(column, ir.Constant(INDEX, self.element_bytes))
 
     def _as_float(self, loaded: Any) -> Any:
         if self.element == FLOAT:

@@ -20,6 +20,7 @@ from shared.kernels.cpu.matrix_units.products import (
     Panels,
     Weights,
     multiply_columns,
+    multiply_panels,
     pack,
     panels_for,
     take_units,
@@ -28,14 +29,9 @@ from shared.kernels.cpu.matrix_units.tiles import (
     OUTPUTS,
     TILE,
     configure,
-    fetching_product_tile,
     pair_tile,
-    product_tile,
 )
 from shared.kernels.cpu.products import column_block
-
-_PAIR, _ONE = product_tile(2), product_tile(1)
-_FIRST_PAIR, _FIRST_ONE = fetching_product_tile(2), fetching_product_tile(1)
 
 
 class MatrixUnitExperts:
@@ -139,19 +135,11 @@ def _raise(
         gate = row + channel
         next_gate = gate + TILE if channel + TILE < stop else following
         for p in range(0, panels.shape[0], 2):
-            pair = p + 1 < panels.shape[0]
-            if pair and p:
-                _PAIR(w, gate, gate + width, panels, p, products)
-            elif pair:
-                _FIRST_PAIR(
-                    w, gate, gate + width, panels, p, products, next_gate, next_gate + width
-                )
-            elif p:
-                _ONE(w, gate, gate + width, panels, p, products)
-            else:
-                _FIRST_ONE(w, gate, gate + width, panels, p, products, next_gate, next_gate + width)
+            found = multiply_panels(
+                w, gate, gate + width, panels, p, products, next_gate, next_gate + width
+            )
             _activate(products)
-            for panel in range(1 + pair):
+            for panel in range(found):
                 for i in range(0, TILE, 2):
                     target = hidden[p + panel]
                     pair_tile(products, i, panel * TILE, target, (channel + i) // 2)

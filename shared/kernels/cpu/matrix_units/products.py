@@ -112,16 +112,33 @@ def multiply_columns(
             i = row + output
             next_row = i + OUTPUTS if column + OUTPUTS < stop else following
             for p in range(start, stop_panel, 2):
-                pair = p + 1 < stop_panel
-                if pair and p:
-                    _PAIR(w, i, i + TILE, panels, p, products)
-                elif pair:
-                    _FIRST_PAIR(w, i, i + TILE, panels, p, products, next_row, next_row + TILE)
-                elif p:
-                    _ONE(w, i, i + TILE, panels, p, products)
-                else:
-                    _FIRST_ONE(w, i, i + TILE, panels, p, products, next_row, next_row + TILE)
-                _unpack(products, 1 + pair, y, p * TILE, output)
+                found = multiply_panels(
+                    w, i, i + TILE, panels[:stop_panel], p, products, next_row, next_row + TILE
+                )
+                _unpack(products, found, y, p * TILE, output)
+
+
+@part
+def multiply_panels(
+    w: Weights, i: int, j: int, panels: Panels, p: int, products: Floats, next_i: int, next_j: int
+) -> int:
+    """Write the products of a `product_tile` with panel p and the one behind it, if there is one.
+
+    With the first panel the rows of w that come next are fetched, later ones find them there.
+
+    Returns:
+        Panels that were multiplied.
+    """
+    pair = p + 1 < panels.shape[0]
+    if pair and p:
+        _PAIR(w, i, j, panels, p, products)
+    elif pair:
+        _FIRST_PAIR(w, i, j, panels, p, products, next_i, next_j)
+    elif p:
+        _ONE(w, i, j, panels, p, products)
+    else:
+        _FIRST_ONE(w, i, j, panels, p, products, next_i, next_j)
+    return 2 if pair else 1
 
 
 @part
