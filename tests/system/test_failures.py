@@ -120,25 +120,29 @@ async def test_a_request_outlives_the_decode_worker_that_served_it(system: Syste
 
 
 async def test_a_request_outlives_the_prefill_worker_that_served_it(system: System) -> None:
-    body = {"prompt": [5, 6, 7] * 3_000, "max_tokens": 4}
+    prompt = [5, 6, 7] * 6_000  # dozens of chunks, so there is a middle to be killed in
     async with connect(system.prefill_redis_url) as redis:
         queue = JobQueue(redis, "prefill")
 
-        async def kill_while_prefilling(stream: Stream) -> None:
-            async def prefilling() -> bool:
-                segments = await redis.keys("prfaas:state:segment:*")
-                return len(segments) >= 2 and await queue.backlog() == 1
-
-            await eventually(prefilling)
+        async def kill_while_prefilling() -> None:
+            await eventually(lambda: _prefilling(redis, queue))
             await system.kill("prefill_worker")
+            assert await queue.backlog() == 1, "killed in the middle"
             await system.start("prefill_worker")
-            await stream.read(at_least=4)
 
-        async with streaming(system, **body) as stream:
-            await kill_while_prefilling(stream)
-            assert await queue.states([stream.request_id]) == [JobState.DONE]
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(kill_while_prefilling())
+            async with streaming(system, prompt=prompt, max_tokens=4) as stream:
+                await stream.read(at_least=4)
+        assert await queue.states([stream.request_id]) == [JobState.DONE]
     assert len(stream.token_ids) == 4
     await nothing_left(system)
+
+
+async def _prefilling(prefill: Redis, queue: JobQueue) -> bool:
+    """Whether a part of a state is published, and not all of it."""
+    segments = await prefill.keys("prfaas:state:segment:*")
+    return len(segments) >= 2 and await queue.backlog() == 1
 
 
 async def test_a_client_that_leaves_stops_the_work_everywhere(system: System) -> None:
