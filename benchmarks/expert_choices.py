@@ -36,7 +36,7 @@ class ExpertChoices:
 
         def recording(mixture: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor]:
             experts, shares = choose(mixture, x)
-            self._experts.append(experts)
+            self._experts.append(experts[:, : mixture.choice.experts])
             return experts, shares
 
         with patch.object(MixtureOfExperts, "choose", recording):

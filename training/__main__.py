@@ -24,7 +24,7 @@ from shared.kimi_linear.tokenizer.tiktoken_format import (
     TOKENIZER_CONFIG_FILE,
     TiktokenTokenizer,
 )
-from training.batches import Batches, tokenized
+from training.batches import Batches, TrainingBatch, tokenized
 from training.corpus import (
     HELD_OUT_FILE,
     TRAIN_FILE,
@@ -74,11 +74,7 @@ def run(directory: Path, steps: int) -> None:
     batches = Batches(recipe, works, tokenizer)
     while trainer.step < recipe.all_steps:
         started, used = time.monotonic(), time.process_time()
-        if trainer.step < recipe.steps:
-            batch = batches.batch(trainer.step)
-        else:
-            batch = batches.with_own_loops(trainer.step, trainer.parameters)
-        report = trainer.train(batch)
+        report = trainer.train(_shards(trainer, batches))
         entry: dict[str, Any] = {
             "step": trainer.step,
             **asdict(report),
@@ -92,6 +88,14 @@ def run(directory: Path, steps: int) -> None:
         _log(directory / LOG_FILE, entry)
         if trainer.step % SAVE_EVERY == 0 or trainer.step == recipe.all_steps:
             trainer.save(checkpoint)
+
+
+def _shards(trainer: Trainer, batches: Batches) -> list[TrainingBatch]:
+    """The next step's data; behind the others, with what the model makes of text now."""
+    batch = batches.batch(trainer.step)
+    if trainer.step < trainer.recipe.steps:
+        return batch.shards(trainer.recipe.shards)
+    return [batch, batches.own_texts(trainer.step, trainer.parameters)]
 
 
 def export(directory: Path, model: Path) -> None:

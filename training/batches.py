@@ -13,12 +13,15 @@ from torch import Tensor
 from shared.kimi_linear.tokenizer.interface import Tokenizer
 from training.corpus import Document
 from training.escapes import with_loops
-from training.own_loops import CONTINUED, PROMPT, own_loops
-from training.recall import UNSCORED, RecallTexts, WeightedTokens, draw_facts
+from training.own_loops import PROMPT, own_loops
+from training.recall import RecallTexts, WeightedTokens, draw_facts
 from training.recipe import Recipe
 from training.tokenizer import EOS
 
 Tokens = NDArray[np.int32]
+
+MOST_CUT_OFF: Final = 2
+"""Characters, fewer than any prompt has."""
 
 GOLDEN_RATIO: Final = (5**0.5 - 1) / 2
 """Its multiples, modulo 1, cover the unit interval as evenly as numbers in a row can."""
@@ -48,12 +51,10 @@ class TrainingBatch:
         """All of it, in the order above."""
         return self.inputs, self.targets, self.weights, self.is_answer, self.is_recall
 
-    def with_first(self, others: "TrainingBatch") -> "TrainingBatch":
-        """Put other sequences in the place of the first ones that are no recall texts."""
-        replaced = (~self.is_recall).nonzero().flatten()[: len(others.is_recall)].tolist()
-        kept = [n for n in range(len(self.is_recall)) if n not in replaced]
-        pairs = zip(others.tensors, self.tensors, strict=True)
-        return TrainingBatch(*(torch.cat((other, x[kept])) for other, x in pairs))
+    @property
+    def is_text(self) -> Tensor:
+        """`[R, T]`, whether the target is scored as text."""
+        return (self.weights == 1) & ~self.is_recall.unsqueeze(-1)
 
     def shards(self, count: int) -> "list[TrainingBatch]":
         """Divide the sequences among `count` batches."""
@@ -76,8 +77,8 @@ class Batches:
     def __init__(self, recipe: Recipe, works: Mapping[str, Tokens], tokenizer: Tokenizer) -> None:
         self._recipe = recipe
         self._works = works
+        self._tokenizer = tokenizer
         self._recall = RecallTexts(tokenizer)
-        self._end = tokenizer.special_tokens[EOS]
 
     def batch(self, step: int) -> TrainingBatch:
         """The data of a step."""
@@ -86,25 +87,20 @@ class Batches:
         first = step * (self._recipe.step_tokens // self._recipe.phases[0].length)
         return self._stack([self._sequence(first + row, step) for row in range(rows)])
 
-    def with_own_loops(self, step: int, parameters: Mapping[str, Tensor]) -> TrainingBatch:
-        """The data of a step behind the others: some sequences are of the model's own making."""
-        sequences = self._recipe.own_loop_sequences
-        count = sequences * (self._recipe.phase(step).length // (PROMPT + CONTINUED))
+    def own_texts(self, step: int, parameters: Mapping[str, Tensor]) -> TrainingBatch:
+        """What the model as it is at a step makes of prompts of that step."""
+        count = self._recipe.own_texts
+        weights = self._recipe.own_loop_weight, self._recipe.own_repeat_weight
         prompts = [self._prompt(step * count + n, f"own {step} {n}") for n in range(count)]
-        weight = self._recipe.own_loop_weight
-        texts = own_loops(parameters, self._recipe.config, prompts, weight)
-        own = [(self._ended(texts[n::sequences]), False) for n in range(sequences)]
-        return self.batch(step).with_first(self._stack(own))
+        texts = own_loops(parameters, self._recipe.config, prompts, *weights)
+        return self._stack([(text, False) for text in texts])
 
     def _prompt(self, number: int, seed: str) -> list[int]:
-        return [self._end, *self._text(number, random.Random(seed), PROMPT - 1)]
-
-    def _ended(self, texts: Sequence[WeightedTokens]) -> WeightedTokens:
-        tokens = WeightedTokens.none()
-        for text in texts:
-            tokens.extend(text)
-        tokens.add([self._end], UNSCORED)
-        return tokens
+        """The beginning of a text, cut off at a character as users do, not at a token."""
+        source = random.Random(seed)
+        tokens = self._text(number, source, source.randint(*PROMPT))
+        text = self._tokenizer.decode(tokens)
+        return list(self._tokenizer.encode(text[: len(text) - source.randint(0, MOST_CUT_OFF)]))
 
     def _sequence(self, number: int, step: int) -> tuple[WeightedTokens, bool]:
         phase = self._recipe.phase(step)

@@ -1,8 +1,8 @@
-"""What the model itself writes when it is stuck, as something to be unlikely.
+"""What the model itself writes again and again, as something to be unlikely.
 
 Made-up repetitions (`escapes`) teach that text does not repeat itself. The loops that the model
-falls into are its own, and it learns to leave them from these (the unlikelihood of whole sequences,
-arXiv 1908.04319, section 5.2).
+falls into are its own, and it learns to leave them, and not to say the same twice, from these (the
+unlikelihood of whole sequences, arXiv 1908.04319, section 5.2).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,37 +20,45 @@ from shared.kimi_linear.state_pool import StatePool
 from training.parameters import weights_of
 from training.recall import UNSCORED, WeightedTokens
 
-PROMPT: Final = 16
-CONTINUED: Final = 112
-"""Tokens."""
-LONGEST: Final = CONTINUED // 3
-"""Tokens of a piece that is looked for."""
+PROMPT: Final = (3, 16)
+"""Fewest and most tokens of a prompt, before its end is cut off."""
+TEXT: Final = 129
+"""Tokens of a prompt and what the model makes of it: 128 have a target."""
+LONGEST: Final = TEXT // 3
+"""Tokens of a piece that loops."""
+SAID_BEFORE: Final = 6
+"""Tokens in a row that do not come again by chance."""
 
 
 def own_loops(
     parameters: Mapping[str, Tensor],
     config: KimiLinearConfig,
     prompts: Sequence[Sequence[int]],
-    weight: float,
+    loop_weight: float,
+    repeat_weight: float,
 ) -> list[WeightedTokens]:
-    """Go on with each prompt, always the likeliest token, and weigh what loops.
+    """Go on with each prompt, always the likeliest token, and weigh what was there before.
 
     Args:
         parameters: of the model as it is now.
         config: of the model.
         prompts: text, which is scored as such from its second token on.
-        weight: of the tokens that loop, which have it with a minus sign.
+        loop_weight: of the tokens that loop, which have it with a minus sign.
+        repeat_weight: likewise, of other tokens that say once more what was said.
 
     Returns:
-        The texts, `PROMPT + CONTINUED` tokens each.
+        The texts, `TEXT` tokens each.
     """
     texts = []
     for prompt, continued in zip(prompts, _continue(parameters, config, prompts), strict=True):
         text = WeightedTokens.none()
         text.add(prompt[:1], UNSCORED)
         text.add(prompt[1:])
-        for token, loops in zip(continued, looping(continued), strict=True):
-            text.add([token], -weight if loops else UNSCORED)
+        for token, loops, repeats in zip(
+            continued, looping(continued), repeating(continued), strict=True
+        ):
+            weight = loop_weight if loops else repeat_weight if repeats else UNSCORED
+            text.add([token], -weight)
         texts.append(text)
     return texts
 
@@ -66,19 +74,33 @@ def looping(tokens: Sequence[int]) -> list[bool]:
     return found
 
 
+def repeating(tokens: Sequence[int]) -> list[bool]:
+    """Which tokens are the last of `SAID_BEFORE` that came in this order before."""
+    seen: set[tuple[int, ...]] = set()
+    found = []
+    for stop in range(1, len(tokens) + 1):
+        piece = tuple(tokens[max(0, stop - SAID_BEFORE) : stop])
+        found.append(len(piece) == SAID_BEFORE and piece in seen)
+        seen.add(piece)
+    return found
+
+
 def _continue(
     parameters: Mapping[str, Tensor], config: KimiLinearConfig, prompts: Sequence[Sequence[int]]
 ) -> list[list[int]]:
-    """`CONTINUED` tokens of each, all decoded together."""
+    """What follows each up to `TEXT` tokens, all decoded together."""
     kernels = kernels_for("cpu", "float32")
     current = {name: parameter.detach() for name, parameter in parameters.items()}
-    room = max(len(prompt) for prompt in prompts) + CONTINUED
+    lengths = [len(prompt) for prompt in prompts]
+    continued = TEXT - min(lengths)
+    room = max(lengths) + continued
     pages = -(-room // PAGE_TOKENS) * len(prompts)
     pool = StatePool(config.state_layout("float32"), len(prompts), pages * PAGE_TOKENS, CPU)
     model = KimiLinear(weights_of(current, config, kernels), config, kernels)
     engine = Engine(model, config, "", "float32", pool)
     states = [engine.new_state(room) for _ in prompts]
     steps = [engine.prefill(prompts, states).argmax(dim=-1)]
-    while len(steps) < CONTINUED:
+    while len(steps) < continued:
         steps.append(engine.decode(steps[-1].tolist(), states).argmax(dim=-1))
-    return torch.stack(steps, dim=1).tolist()
+    tokens = torch.stack(steps, dim=1).tolist()
+    return [text[: TEXT - length] for text, length in zip(tokens, lengths, strict=True)]

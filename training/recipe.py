@@ -50,8 +50,8 @@ class Recipe:
 
     The data of a step depends on the step alone, and the learning rate falls at the end only, so a
     run may be cut short: give it fewer steps before its last `decay_steps` begin. In
-    `own_loop_steps` more, at a lower rate, some sequences of each are what the model makes of text
-    (`own_loops`).
+    `own_loop_steps` more, at a lower rate, each also has texts that the model itself makes of the
+    beginnings of others (`own_loops`).
     """
 
     config: KimiLinearConfig
@@ -61,12 +61,14 @@ class Recipe:
     warmup_steps: int
     decay_steps: int
     own_loop_steps: int = 0
-    own_loop_sequences: int = 2
-    """Of a step."""
+    own_texts: int = 32
+    """Of each of these steps."""
     own_loop_pace: float = 0.3
     """The part of the learning rates that these steps begin with."""
     own_loop_weight: float = 4.0
     """Of the tokens that go on in a loop of the model's own, which are to be unlikely."""
+    own_repeat_weight: float = 1.0
+    """Of other tokens that say what such a text said before, likewise."""
     matrix_learning_rate: float = 0.02
     """Of Muon, for the matrices between embedding and head."""
     matrix_momentum: float = 0.95
@@ -174,6 +176,6 @@ TINY: Final = Recipe(
     steps=1100,
     warmup_steps=30,
     decay_steps=350,
-    own_loop_steps=480,
+    own_loop_steps=500,
 )
 """The model that ships with the project."""

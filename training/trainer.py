@@ -49,8 +49,8 @@ class ExpertTally:
         self.counts: list[Tensor] = []
 
     def __call__(self, chosen: Tensor) -> None:
-        """Count the choices `[T, k]` of the next mixture."""
-        self.counts.append(chosen.flatten().bincount(minlength=self._experts))
+        """Count the choices `[T, k]` of the next mixture, without those of shared experts."""
+        self.counts.append(chosen.flatten().bincount(minlength=self._experts)[: self._experts])
 
 
 def forward(
@@ -108,10 +108,9 @@ class Trainer:
             fused=True,
         )
 
-    def train(self, batch: TrainingBatch) -> StepReport:
-        """Take the next step on a batch."""
-        shards = batch.shards(self.recipe.shards)
-        total = float(batch.weights.abs().sum())
+    def train(self, shards: Sequence[TrainingBatch]) -> StepReport:
+        """Take the next step on a batch, whose shards are computed side by side."""
+        total = float(sum(shard.weights.abs().sum() for shard in shards))
         passes = list(self._pool.map(lambda shard: self._pass(shard, total), shards))
         for n, parameter in enumerate(self._learned):
             parameter.grad = passes[0].gradients[n]
@@ -124,7 +123,7 @@ class Trainer:
         self.step += 1
         losses = torch.cat([done.losses for done in passes])
         is_found = torch.cat([done.is_found for done in passes])
-        return _report(batch, losses, is_found, float(gradient), counts)
+        return _report(shards, losses, is_found, float(gradient), counts)
 
     def _pass(self, shard: TrainingBatch, total_weight: float) -> "_Pass":
         """Forward and backward over a part of a batch."""
@@ -187,14 +186,14 @@ def _is_for_muon(name: str, parameter: Tensor) -> bool:
 
 
 def _report(
-    batch: TrainingBatch,
+    shards: Sequence[TrainingBatch],
     losses: Tensor,
     is_found: Tensor,
     gradient: float,
     counts: Sequence[Tensor],
 ) -> StepReport:
-    is_text = ((batch.weights == 1) & ~batch.is_recall.unsqueeze(-1)).flatten()
-    is_answer = batch.is_answer.flatten()
+    is_text = torch.cat([shard.is_text.flatten() for shard in shards])
+    is_answer = torch.cat([shard.is_answer.flatten() for shard in shards])
     least = min(float(of_layer.min() / of_layer.float().mean()) for of_layer in counts)
     return StepReport(
         text_loss=float(losses[is_text].mean()),

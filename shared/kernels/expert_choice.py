@@ -17,6 +17,7 @@ class ExpertChoice:
         kept_groups: those whose two best biased scores have the largest sums.
         renormalizes: whether a token's shares sum up to `scale`.
         scale: factor of the shares.
+        shared: experts behind those that are chosen from; every token has them, with a share of 1.
     """
 
     experts: int
@@ -24,6 +25,7 @@ class ExpertChoice:
     kept_groups: int
     renormalizes: bool
     scale: float
+    shared: int
 
 
 def choose_experts(
@@ -40,7 +42,7 @@ def choose_experts(
         choice: how.
 
     Returns:
-        Experts `[T, k]` (int64) and shares `[T, k]` (fp32).
+        Experts `[T, k + S]` (int64) and shares `[T, k + S]` (fp32), shared experts last.
     """
     scores = functional.linear(x.float(), router).sigmoid()
     biased = scores + choice_bias
@@ -50,7 +52,12 @@ def choose_experts(
     shares = scores.gather(-1, experts)
     if choice.renormalizes:
         shares = shares / (shares.sum(dim=-1, keepdim=True) + 1e-20)
-    return experts, shares * choice.scale
+    shared = torch.arange(choice.shared, device=x.device) + router.shape[0]
+    everyone = shared.expand(x.shape[0], -1)
+    return (
+        torch.cat((experts, everyone), dim=-1),
+        torch.cat((shares * choice.scale, torch.ones_like(everyone, dtype=torch.float32)), dim=-1),
+    )
 
 
 def _only_best_groups(biased: Tensor, groups: int, kept: int) -> Tensor:

@@ -183,22 +183,24 @@ def _mixture(
     checkpoint: TensorSource, config: KimiLinearConfig, kernels: Kernels, prefix: str
 ) -> MixtureWeights:
     hidden, experts, width = config.hidden_size, config.num_experts, config.moe_intermediate_size
-    names = [f"{prefix}.experts.{expert}" for expert in range(experts)]
+    chosen = {f"{prefix}.experts.{expert}": ("w1", "w3", "w2") for expert in range(experts)}
+    shared = {f"{prefix}.shared_experts": ("gate_proj", "up_proj", "down_proj")}
+    parts = chosen | shared if config.num_shared_experts else chosen
     gate_and_up = checkpoint.stacked(
-        {f"{name}.{part}.weight": (width, hidden) for name in names for part in ("w1", "w3")}
+        {
+            f"{name}.{raising}.weight": (width, hidden)
+            for name, (gate, up, _) in parts.items()
+            for raising in (gate, up)
+        }
     )
-    down = checkpoint.stacked({f"{name}.w2.weight": (hidden, width) for name in names})
-    shared = config.num_shared_experts * width
+    down = checkpoint.stacked(
+        {f"{name}.{down}.weight": (hidden, width) for name, (_, _, down) in parts.items()}
+    )
     return MixtureWeights(
         router=checkpoint.matrix(f"{prefix}.gate.weight", (experts, hidden), torch.float32),
         choice_bias=checkpoint.vector(f"{prefix}.gate.e_score_correction_bias", experts),
         experts=kernels.experts(
-            gate_and_up.view(experts, 2 * width, hidden), down.view(experts, hidden, width)
-        ),
-        shared=(
-            _dense(checkpoint, kernels, f"{prefix}.shared_experts", hidden, shared)
-            if shared
-            else None
+            gate_and_up.view(len(parts), 2 * width, hidden), down.view(len(parts), hidden, width)
         ),
     )
 

@@ -80,7 +80,7 @@ class KimiLinearConfig(BaseModel):
     moe_layer_freq: PositiveInt = 1
     num_experts: PositiveInt
     num_experts_per_token: PositiveInt
-    num_shared_experts: Annotated[int, Field(ge=0)]
+    num_shared_experts: Annotated[int, Field(ge=0, le=1)]
     moe_intermediate_size: PositiveInt
     moe_renormalize: bool
     moe_router_activation_func: Literal["sigmoid"]

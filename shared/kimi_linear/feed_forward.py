@@ -9,7 +9,7 @@ from shared.kimi_linear.weights import MixtureWeights
 
 
 class MixtureOfExperts:
-    """The chosen experts' weighted sum, plus the shared experts."""
+    """The weighted sum of the chosen experts and the shared one."""
 
     def __init__(self, weights: MixtureWeights, config: KimiLinearConfig, kernels: Kernels) -> None:
         self.weights = weights
@@ -18,13 +18,10 @@ class MixtureOfExperts:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, hidden]` to `[T, hidden]`."""
-        experts, shares = self.choose(x)
-        output = self.weights.experts(x, experts, shares)
-        shared = self.weights.shared
-        return output if shared is None else output + shared(x)
+        return self.weights.experts(x, *self.choose(x))
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts of each token and their shares, `[T, k]`."""
+        """The experts of each token and their shares: see `choose_experts`."""
         weights = self.weights
         return self._kernels.choose_experts(x, weights.router, weights.choice_bias, self.choice)
 
@@ -37,4 +34,5 @@ def expert_choice(config: KimiLinearConfig) -> ExpertChoice:
         kept_groups=config.topk_group,
         renormalizes=config.moe_renormalize and config.num_experts_per_token > 1,
         scale=config.routed_scaling_factor,
+        shared=config.num_shared_experts,
     )

@@ -49,15 +49,14 @@ class MlaWeights:
 
 @dataclass(frozen=True, slots=True)
 class MixtureWeights:
-    """E experts of width I, their router, and the shared experts as one dense part."""
+    """E experts of width I and their router, and S shared experts of the same width."""
 
     router: Tensor
     """`[E, hidden]`, fp32."""
     choice_bias: Tensor
     """e_score_correction_bias, `[E]`, fp32."""
     experts: Experts
-    """w1 and w3 (gate above up), `[E, 2 * I, hidden]`, and w2 (down), `[E, hidden, I]`."""
-    shared: Linear | None
+    """w1 and w3 (gate above up), `[E + S, 2 * I, hidden]`, and w2 (down), `[E + S, hidden, I]`."""
 
 
 @dataclass(frozen=True, slots=True)

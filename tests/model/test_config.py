@@ -115,6 +115,7 @@ def test_end_tokens_come_from_both_files(
         ("num_hidden_layers", 28),
         ("topk_group", 2),
         ("num_experts_per_token", 257),
+        ("num_shared_experts", 2),
         ("eos_token_id", 163840),
     ],
 )

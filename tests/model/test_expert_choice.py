@@ -34,7 +34,8 @@ def choose_plainly(
     eligible = sorted((e for group in groups for e in group), key=lambda e: -biased[e])
     chosen = eligible[: config.num_experts_per_token]
     total = sum(scores[e] for e in chosen) if config.moe_renormalize and len(chosen) > 1 else 1.0
-    return {e: config.routed_scaling_factor * scores[e] / total for e in chosen}
+    shared = {EXPERTS + n: 1.0 for n in range(config.num_shared_experts)}
+    return {e: config.routed_scaling_factor * scores[e] / total for e in chosen} | shared
 
 
 @pytest.fixture(
@@ -46,6 +47,7 @@ def choose_plainly(
         {"num_expert_group": 4, "topk_group": 1, "use_grouped_topk": False},
         {"num_expert_group": 4, "topk_group": 2, "moe_renormalize": False},
         {"num_experts_per_token": 1, "moe_renormalize": True},
+        {"num_shared_experts": 0},
     ],
     ids=str,
 )
@@ -70,30 +72,24 @@ def test_choice_and_shares_are_those_of_a_plain_loop(
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_mixture_is_the_weighted_sum_of_the_chosen_experts(
-    config: KimiLinearConfig, shared: bool
+def test_the_mixture_is_the_weighted_sum_of_the_chosen_and_the_shared_experts(
+    config: KimiLinearConfig,
 ) -> None:
     kernels = kernels_for("cpu", "float32")
-    shared_up, shared_down = torch.randn(2 * WIDTH, HIDDEN), torch.randn(HIDDEN, WIDTH)
-    gate_and_up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN)
-    down = torch.randn(EXPERTS, HIDDEN, WIDTH)
+    count = EXPERTS + config.num_shared_experts
+    gate_and_up = torch.randn(count, 2 * WIDTH, HIDDEN)
+    down = torch.randn(count, HIDDEN, WIDTH)
     weights = MixtureWeights(
         router=torch.randn(EXPERTS, HIDDEN),
         choice_bias=torch.randn(EXPERTS),
         experts=kernels.experts(gate_and_up, down),
-        shared=kernels.feed_forward(shared_up, shared_down) if shared else None,
     )
-
-    def answer(x: Tensor, gate_and_up: Tensor, down: Tensor) -> Tensor:
-        gate, up = (gate_and_up @ x).chunk(2)
-        return down @ (functional.silu(gate) * up)
-
     x = torch.randn(TOKENS, HIDDEN)
     output = MixtureOfExperts(weights, config, kernels)(x)
     for token in range(TOKENS):
-        expected = answer(x[token], shared_up, shared_down) if shared else torch.zeros(1)
+        expected = torch.zeros(HIDDEN)
         chosen = choose_plainly(x[token], weights.router, weights.choice_bias, config)
         for expert, share in chosen.items():
-            expected = expected + share * answer(x[token], gate_and_up[expert], down[expert])
+            gate, up = (gate_and_up[expert] @ x[token]).chunk(2)
+            expected += share * (down[expert] @ (functional.silu(gate) * up))
         torch.testing.assert_close(output[token], expected, rtol=1e-4, atol=1e-3)

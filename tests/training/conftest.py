@@ -80,7 +80,7 @@ def recipe() -> Recipe:
         steps=12,
         decay_steps=4,
         warmup_steps=2,
-        own_loop_sequences=1,
+        own_texts=6,
     )
 
 

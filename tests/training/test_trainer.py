@@ -23,7 +23,7 @@ def test_the_logits_in_training_are_those_of_the_engine_on_the_exported_checkpoi
 ) -> None:
     trainer = Trainer(recipe)
     for _ in range(2):
-        trainer.train(batches.batch(trainer.step))
+        trainer.train(batches.batch(trainer.step).shards(2))
     parameters = rounded(trainer.parameters)
     export_checkpoint(tmp_path, parameters, recipe.config)
     inputs = batches.batch(0).inputs[:2]
@@ -39,9 +39,9 @@ def test_the_logits_in_training_are_those_of_the_engine_on_the_exported_checkpoi
 def test_one_batch_is_learned_by_heart(recipe: Recipe, batches: Batches) -> None:
     overfitted = replace(recipe, steps=1000, learning_rate=1e-2)
     trainer, batch = Trainer(overfitted), batches.batch(0)
-    first = trainer.train(batch)
+    first = trainer.train(batch.shards(2))
     for _ in range(70):
-        last = trainer.train(batch)
+        last = trainer.train(batch.shards(2))
     assert first.text_loss > 5
     assert last.text_loss < 0.25
     assert last.recall_accuracy == 1
@@ -65,23 +65,23 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
 ) -> None:
     whole = Trainer(recipe)
     while whole.step < 6:
-        whole.train(batches.batch(whole.step))
+        whole.train(batches.batch(whole.step).shards(2))
     begun = Trainer(recipe)
     while begun.step < 3:
-        begun.train(batches.batch(begun.step))
+        begun.train(batches.batch(begun.step).shards(2))
     begun.save(tmp_path / "checkpoint.pt")
     resumed = Trainer(replace(recipe, seed=99))  # Everything comes from the file.
     resumed.restore(tmp_path / "checkpoint.pt")
     assert resumed.step == 3
     while resumed.step < 6:
-        resumed.train(batches.batch(resumed.step))
+        resumed.train(batches.batch(resumed.step).shards(2))
     for name, parameter in whole.parameters.items():
         assert torch.equal(resumed.parameters[name], parameter), name
 
 
 def test_experts_that_are_chosen_too_seldom_gain(recipe: Recipe, batches: Batches) -> None:
     trainer = Trainer(recipe)
-    trainer.train(batches.batch(0))
+    trainer.train(batches.batch(0).shards(2))
     biases = [p for name, p in trainer.parameters.items() if name.endswith("correction_bias")]
     assert len(biases) == 2
     for bias in biases:

@@ -23,8 +23,8 @@ def choose_experts(
     x: Tensor, router: Tensor, choice_bias: Tensor, choice: ExpertChoice
 ) -> tuple[Tensor, Tensor]:
     """See `shared.kernels.expert_choice.choose_experts`; of equal scores the first is chosen."""
-    experts = torch.empty(x.shape[0], choice.experts, dtype=torch.int64)
-    shares = torch.empty(x.shape[0], choice.experts)
+    experts = torch.empty(x.shape[0], choice.experts + choice.shared, dtype=torch.int64)
+    shares = torch.empty(experts.shape)
     _choose(
         x.numpy(),
         router.numpy(),
@@ -33,6 +33,7 @@ def choose_experts(
         choice.kept_groups,
         choice.renormalizes,
         np.float32(choice.scale),
+        choice.shared,
         experts.numpy(),
         shares.numpy(),
     )
@@ -48,9 +49,11 @@ def _choose(
     kept_groups: int,
     renormalizes: bool,
     scale: np.float32,
+    shared: int,
     experts: Indices,
     shares: Floats,
 ) -> None:
+    chosen = experts.shape[1] - shared
     for n in numba.prange((x.shape[0] + TOKENS - 1) // TOKENS):
         first, stop = n * TOKENS, min(x.shape[0], (n + 1) * TOKENS)
         scores = np.empty((stop - first, router.shape[0]), np.float32)
@@ -64,8 +67,12 @@ def _choose(
                 biased[e] = own[e] + bias[e]
             if groups > 1:
                 _pass_over_groups(biased, groups, kept_groups)
-            _take_best(biased, experts[first + token])
-            _share(own, experts[first + token], renormalizes, scale, shares[first + token])
+            best = experts[first + token, :chosen]
+            _take_best(biased, best)
+            _share(own, best, renormalizes, scale, shares[first + token])
+            for e in range(shared):
+                experts[first + token, chosen + e] = router.shape[0] + e
+                shares[first + token, chosen + e] = 1
 
 
 @part

@@ -252,7 +252,7 @@ _BLOCKS_SIGNATURE: Final = {
 
 
 def _published_shapes(name: str, tiling: Tiling) -> tuple[PublishedShape, PublishedShape]:
-    constants = {"EXPERTS": 256, "BLOCK_M": tiling.rows, "BLOCK_K": tiling.depth}
+    constants = {"EXPERTS": 257, "BLOCK_M": tiling.rows, "BLOCK_K": tiling.depth}
     raising = PublishedShape(
         f"experts' gate and up, {name}",
         multiply_gate_and_up,
