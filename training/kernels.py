@@ -14,6 +14,7 @@ from torch.nn import functional
 from shared.kernels.batch import Batch
 from shared.kernels.expert_choice import choose_experts
 from shared.kernels.interface import Kernels
+from shared.kernels.kda_layer import KdaOperations
 from shared.kernels.linear import Experts, GatedFeedForward, Linear
 from shared.kernels.reference import decays_and_steps, store_latents
 from training.experts import GroupedExperts
@@ -43,13 +44,10 @@ def training_kernels(observe_choices: Callable[[Tensor], None]) -> Kernels:
         choose_experts=choose_experts,
         experts=experts,
         feed_forward=_feed_forward,
-        convolved_heads=convolved_heads,
-        decays_and_steps=decays_and_steps,
-        kda=kda,
+        kda=KdaOperations(convolved_heads, decays_and_steps, delta_rule, gated_rms_norm),
         store_latents=store_latents,
         latent_attention=latent_attention,
         rms_norm=rms_norm,
-        gated_rms_norm=gated_rms_norm,
     )
 
 
@@ -149,10 +147,10 @@ def _by_sequence(x: Tensor, sequences: int) -> Tensor:
     return x.reshape(sequences, -1, *x.shape[1:]).transpose(1, 2)
 
 
-def kda(
+def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, batch: Batch
 ) -> Tensor:
-    """`cpu.kda.kda` from empty states; the equations are told there."""
+    """`cpu.kda.delta_rule` from empty states; the equations are told there."""
     del states
     sequences, channels = _sequences(batch), q.shape[-1]
     q, k, v, g, beta = (_by_chunk(x, sequences) for x in (q, k, v, g, beta.unsqueeze(-1)))

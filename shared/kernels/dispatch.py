@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from shared.errors import UnsupportedDeviceError
-from shared.kernels.cpu.convolution import convolved_heads
-from shared.kernels.cpu.decay import decays_and_steps
 from shared.kernels.cpu.expert_choice import choose_experts
 from shared.kernels.cpu.feed_forward import DenseFeedForward, TiledExperts
 from shared.kernels.cpu.kda import kda
@@ -20,7 +18,7 @@ from shared.kernels.cpu.matrix_units import mla as matrix_units_mla
 from shared.kernels.cpu.matrix_units.feed_forward import MatrixUnitExperts
 from shared.kernels.cpu.matrix_units.linear import MatrixUnitLinear, fits_units, has_matrix_units
 from shared.kernels.cpu.mla import latent_attention
-from shared.kernels.cpu.normalization import gated_rms_norm, rms_norm
+from shared.kernels.cpu.normalization import rms_norm
 from shared.kernels.dtypes import WeightDType
 from shared.kernels.interface import Kernels
 from shared.kernels.linear import Experts, Linear
@@ -67,13 +65,10 @@ def _compiled(
         feed_forward=lambda gate_and_up, down: DenseFeedForward(
             experts(form(gate_and_up.unsqueeze(0)), form(down.unsqueeze(0)))
         ),
-        convolved_heads=convolved_heads,
-        decays_and_steps=decays_and_steps,
         kda=kda,
         store_latents=store_latents,
         latent_attention=latent_attention,
         rms_norm=rms_norm,
-        gated_rms_norm=gated_rms_norm,
     )
 
 

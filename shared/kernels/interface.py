@@ -9,6 +9,7 @@ from torch import Tensor
 from shared.kernels.batch import Batch
 from shared.kernels.dtypes import StateDType
 from shared.kernels.expert_choice import ExpertChoice
+from shared.kernels.kda_layer import KdaConstants, KdaInputs, KdaStates
 from shared.kernels.linear import Experts, Linear
 
 
@@ -32,17 +33,11 @@ class Kernels:
     """Gate above up `[E, 2 * I, hidden]`, down `[E, hidden, I]` -> experts."""
     feed_forward: Callable[[Tensor, Tensor], Linear]
     """Gate above up `[2 * I, hidden]`, down `[hidden, I]` -> down(silu(gate x) * up x)."""
-    convolved_heads: Callable[[Tensor, Tensor, Tensor, Batch, int, float], Tensor]
-    """x, weight, states, batch, H, epsilon -> q, k, v: `cpu.convolution.convolved_heads`."""
-    decays_and_steps: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """raised, steps, bias, rate -> g, beta: `reference.decays_and_steps`."""
-    kda: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Batch], Tensor]
-    """q, k, v, g, beta, states, batch -> o: `cpu.kda.kda`."""
+    kda: Callable[[KdaInputs, KdaConstants, KdaStates, Batch], Tensor]
+    """What lies between a KDA layer's projections: `kda_layer.KdaOperations`, `[T, H * K]`."""
     store_latents: Callable[[Tensor, Tensor, float, Tensor, Batch], None]
     """x, weight, epsilon, latents, batch: `reference.store_latents`."""
     latent_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, Batch], Tensor]
     """q_nope, q_rope, latents, key_value_up, scale, batch -> values: `cpu.mla.latent_attention`."""
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     """x, weight, epsilon -> normalised."""
-    gated_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    """x, gate, weight, epsilon -> normalised and gated."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shared.kernels.interface import Kernels
+from shared.kernels.kda_layer import KdaConstants
 from shared.kernels.linear import Linear
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.read_progress import ReadProgress, unobserved
@@ -132,12 +133,18 @@ def _kda(
                 {f"{prefix}.{name}.weight": (rows, hidden) for name, rows in outputs.items()}
             )
         ),
-        convolution=checkpoint.stacked(convolutions).T.to(kernels.activation_dtype).contiguous(),
         decay_up=kernels.linear(checkpoint.matrix(f"{prefix}.f_b_proj.weight", (channels, rank))),
-        decay_bias=checkpoint.vector(f"{prefix}.dt_bias", channels),
-        negative_decay_rate=-checkpoint.vector(f"{prefix}.A_log", heads).exp(),
         gate_up=kernels.linear(checkpoint.matrix(f"{prefix}.g_b_proj.weight", (channels, rank))),
-        output_norm=checkpoint.vector(f"{prefix}.o_norm.weight", linear.head_dim),
+        constants=KdaConstants(
+            heads=heads,
+            convolution=checkpoint.stacked(convolutions)
+            .T.to(kernels.activation_dtype)
+            .contiguous(),
+            decay_bias=checkpoint.vector(f"{prefix}.dt_bias", channels),
+            decay_rate=-checkpoint.vector(f"{prefix}.A_log", heads).exp(),
+            norm=checkpoint.vector(f"{prefix}.o_norm.weight", linear.head_dim),
+            epsilon=config.rms_norm_eps,
+        ),
         output=kernels.linear(checkpoint.matrix(f"{prefix}.o_proj.weight", (hidden, channels))),
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from shared.kernels.kda_layer import KdaConstants
 from shared.kernels.linear import Experts, Linear
 
 
@@ -17,18 +18,12 @@ class KdaWeights:
 
     projections: Linear
     """`[3 * H * K + 2 * K + H, hidden]`: q, k, v, then f_a and g_a (low rank), then b (beta)."""
-    convolution: Tensor
-    """`[taps + 1, 3 * H * K]`: oldest tap first; q, k and v channels."""
     decay_up: Linear
     """f_b, `[H * K, K]`."""
-    decay_bias: Tensor
-    """dt_bias, `[H * K]`, fp32."""
-    negative_decay_rate: Tensor
-    """-exp(A_log), `[H]`, fp32."""
     gate_up: Linear
     """g_b, `[H * K, K]`."""
-    output_norm: Tensor
-    """`[K]`, fp32."""
+    constants: KdaConstants
+    """Of the operations between the projections."""
     output: Linear
     """`[hidden, H * K]`."""
 

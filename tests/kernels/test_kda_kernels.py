@@ -3,16 +3,20 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from shared.kernels.batch import Batch
-from shared.kernels.cpu.kda import kda
+from shared.kernels.cpu.compiled import kernel
+from shared.kernels.cpu.kda import delta_rule
+from shared.kernels.cpu.kda_decode import attend_head
 from shared.kernels.cpu.kda_prefill import CHUNK
 from shared.kernels.reference import kda_recurrence
 from tests.kernels.packing import SLOTS, other_slots, scattered
@@ -31,6 +35,7 @@ CASES = [
 ]
 TOLERANCE = 1e-4
 
+Floats = NDArray[np.float32]
 KdaForm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -42,21 +47,38 @@ def chunked(
     batch = scattered([q.shape[1]] * q.shape[0])
     states = in_pool(initial_state, batch)
     q_rows, k_rows, v_rows, g_rows, beta_rows = (x.flatten(0, 1) for x in (q, k, v, g, beta))
-    o = kda(q_rows, k_rows, v_rows, g_rows, beta_rows, states, batch)
+    o = delta_rule(q_rows, k_rows, v_rows, g_rows, beta_rows, states, batch)
     return o.view(*q.shape[:2], *o.shape[1:]), states[batch.slots]
 
 
 def step_by_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The kernel as in decode, a token of each sequence at a time."""
-    batch = scattered([1] * q.shape[0])
-    states = in_pool(initial_state, batch)
-    outputs = [
-        kda(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], states, batch)
-        for t in range(q.shape[1])
-    ]
-    return torch.stack(outputs, dim=1), states[batch.slots]
+    """What decode does for a head, a token at a time."""
+    states, o = initial_state.float().clone(), torch.empty(v.shape)
+    queries, keys, values, decays, steps = (x.float().numpy() for x in (q, k, v, g, beta))
+    attend_heads(queries, keys, values, decays, steps, states.numpy(), o.numpy())
+    return o, states
+
+
+@kernel
+def attend_heads(
+    q: Floats, k: Floats, v: Floats, g: Floats, beta: Floats, states: Floats, o: Floats
+) -> None:
+    for request in numba.prange(q.shape[0]):
+        for head in range(q.shape[2]):
+            own, following = states[request, head], states[request, (head + 1) % q.shape[2]]
+            for t in range(q.shape[1]):
+                attend_head(
+                    q[request, t, head],
+                    k[request, t, head],
+                    v[request, t, head],
+                    g[request, t, head],
+                    beta[request, t, head],
+                    own,
+                    following,
+                    o[request, t, head],
+                )
 
 
 def in_pool(initial_state: Tensor, batch: Batch) -> Tensor:
@@ -133,8 +155,7 @@ def test_the_chunked_form_is_the_recurrence_at_any_length_and_decay(
 
 @settings(max_examples=25, deadline=None)
 @given(
-    counts=st.lists(st.integers(1, 140), min_size=1, max_size=4)
-    | st.lists(st.just(1), min_size=1, max_size=4),
+    counts=st.lists(st.integers(1, 140), min_size=1, max_size=4),
     decay=st.sampled_from([0.01, 1.0, 500.0]),
     seed=st.integers(0, 2**16),
 )
@@ -147,7 +168,7 @@ def test_packed_requests_are_each_computed_as_alone(
     )
     states = torch.randn(SLOTS, *q.shape[1:], v.shape[-1])
     before = states.clone()
-    o = kda(q, k, v, g, beta, states, batch)
+    o = delta_rule(q, k, v, g, beta, states, batch)
     for part in batch.parts:
         rows, slot = slice(part.start, part.stop), part.placement.slot
         one_q, one_k, one_v, one_g, one_beta, initial = (
@@ -171,17 +192,16 @@ def test_heads_may_have_any_number_of_channels(form: KdaForm, key: int, value: i
     assert relative_error(state, expected_state) < TOLERANCE
 
 
-@pytest.mark.parametrize("counts", [[70], [1, 1, 1]])
-def test_operands_may_be_slices_of_one_projection(counts: list[int]) -> None:
-    batch = scattered(counts)
+def test_operands_may_be_slices_of_one_projection() -> None:
+    batch = scattered([70, 1])
     projected = functional.normalize(torch.randn(batch.rows, 3, 2, 16), dim=-1)
     q, k, v = projected.unbind(dim=1)
     g, beta = -torch.rand(batch.rows, 2, 16), torch.rand(batch.rows, 2)
     states = torch.randn(SLOTS, 2, 16, 16)
     same_states = states.clone()
-    o = kda(q, k, v, g, beta, states, batch)
+    o = delta_rule(q, k, v, g, beta, states, batch)
     q, k, v = (x.contiguous() for x in (q, k, v))
-    assert torch.equal(kda(q, k, v, g, beta, same_states, batch), o)
+    assert torch.equal(delta_rule(q, k, v, g, beta, same_states, batch), o)
     assert torch.equal(same_states, states)
 
 
@@ -213,25 +233,14 @@ def test_a_packed_request_is_bit_for_bit_what_it_is_alone_in_any_number_of_threa
     states = torch.randn(SLOTS, *q.shape[1:], v.shape[-1])
     states_alone = states.clone()
     torch.set_num_threads(2)
-    together = kda(q, k, v, g, beta, states, batch)
+    together = delta_rule(q, k, v, g, beta, states, batch)
     torch.set_num_threads(1)
     for part in batch.parts:
-        if part.tokens > 1:
-            rows = slice(part.start, part.stop)
-            alone = Batch.pack([part.tokens], [0], [part.placement])
-            o = kda(q[rows], k[rows], v[rows], g[rows], beta[rows], states_alone, alone)
-            assert torch.equal(together[rows], o)
-            assert torch.equal(states[part.placement.slot], states_alone[part.placement.slot])
-
-
-def test_a_request_in_a_decode_step_is_bit_for_bit_what_it_is_alone() -> None:
-    q, k, v, g, beta, initial = random_operands(tokens=1, decay=1.0, batch=3)
-    together, states = step_by_step(q, k, v, g, beta, initial)
-    for request in range(3):
-        row = slice(request, request + 1)
-        alone, state = step_by_step(q[row], k[row], v[row], g[row], beta[row], initial[row])
-        assert torch.equal(together[row], alone)
-        assert torch.equal(states[row], state)
+        rows = slice(part.start, part.stop)
+        alone = Batch.pack([part.tokens], [0], [part.placement])
+        o = delta_rule(q[rows], k[rows], v[rows], g[rows], beta[rows], states_alone, alone)
+        assert torch.equal(together[rows], o)
+        assert torch.equal(states[part.placement.slot], states_alone[part.placement.slot])
 
 
 @pytest.mark.parametrize("form", [chunked, step_by_step])

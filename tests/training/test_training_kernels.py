@@ -44,7 +44,7 @@ def test_kda_and_its_gradients_are_those_of_the_recurrence_at_any_decay(strength
     q, k, v, g, beta = exact
     expected, _ = reference.kda_recurrence(q, k, v, g, beta, state)
     q, k, v, g, beta = packed
-    found = kernels.kda(q, k, v, g, beta, NO_STATES, batch())
+    found = kernels.delta_rule(q, k, v, g, beta, NO_STATES, batch())
     torch.testing.assert_close(found, expected.float().flatten(0, 1), atol=1e-5, rtol=0)
     weights = torch.randn_like(expected)
     wanted = torch.autograd.grad((expected * weights).sum(), exact)

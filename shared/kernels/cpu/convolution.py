@@ -65,15 +65,15 @@ def _convolve(
         token, state = row - bounds[request], states[slots[request]]
         for kind in range(3):
             first = (kind * heads + head) * y.shape[3]
-            _convolve_channels(x, weight, state, row, token, first, y[row, kind, head])
+            convolve_channels(x, weight, state, row, token, first, y[row, kind, head])
         for kind in range(2):
-            _l2_normalize(y[row, kind, head], epsilon)
+            l2_normalize(y[row, kind, head], epsilon)
     for request in numba.prange(slots.shape[0]):
-        _advance(states[slots[request]], x[bounds[request] : bounds[request + 1]])
+        advance(states[slots[request]], x[bounds[request] : bounds[request + 1]])
 
 
 @part
-def _convolve_channels(
+def convolve_channels(
     x: Floats, weight: Floats, state: Floats, row: int, token: int, first: int, y: Floats
 ) -> None:
     """The channels from `first` on of a row of x, which is so many behind its request's first."""
@@ -92,7 +92,8 @@ def _convolve_channels(
 
 
 @part
-def _l2_normalize(x: Floats, epsilon: np.float32) -> None:
+def l2_normalize(x: Floats, epsilon: np.float32) -> None:
+    """Divide by the length, sqrt(sum(x^2) + epsilon), in place."""
     squares = np.float32(0)
     for channel in range(x.shape[0]):
         squares += x[channel] * x[channel]
@@ -102,7 +103,7 @@ def _l2_normalize(x: Floats, epsilon: np.float32) -> None:
 
 
 @part
-def _advance(state: Floats, x: Floats) -> None:
+def advance(state: Floats, x: Floats) -> None:
     """Keep the last inputs."""
     taps, tokens = state.shape[0], x.shape[0]
     for tap in range(taps):

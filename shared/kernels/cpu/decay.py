@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.kernels.cpu.compiled import kernel
+from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import sigmoid, softplus
 from shared.kernels.cpu.rows import dense_row
 
@@ -34,7 +34,13 @@ def _decays_and_steps(
         own = dense_row(raised, token)
         for head in range(rate.shape[0]):
             beta[token, head] = sigmoid(steps[token, head])
-            start, factor = head * channels, rate[head]
-            x, offset, g = own[start : start + channels], bias[start:], decays[token, head]
-            for channel in range(channels):
-                g[channel] = factor * softplus(x[channel] + offset[channel])
+            start = head * channels
+            x, offset = own[start : start + channels], bias[start : start + channels]
+            decay_channels(x, offset, rate[head], decays[token, head])
+
+
+@part
+def decay_channels(x: Floats, bias: Floats, rate: np.float32, g: Floats) -> None:
+    """Write rate * softplus(x + bias) to g."""
+    for channel in range(x.shape[0]):
+        g[channel] = rate * softplus(x[channel] + bias[channel])

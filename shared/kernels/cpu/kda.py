@@ -1,18 +1,48 @@
-"""Kimi Delta Attention on the CPU: `kda_prefill` for many tokens a request, `kda_decode` for one.
+"""Kimi Delta Attention on the CPU: operation by operation for prompts, all at once for a token.
 
 The recurrent state and everything that touches it is fp32, whatever the dtype of the activations.
 """
+
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shared.kernels.batch import Batch
+from shared.kernels.cpu.convolution import convolved_heads
+from shared.kernels.cpu.decay import decays_and_steps
 from shared.kernels.cpu.kda_decode import attend_step
 from shared.kernels.cpu.kda_prefill import attend_chunks
+from shared.kernels.cpu.normalization import gated_rms_norm
+from shared.kernels.kda_layer import L2_EPSILON, KdaConstants, KdaInputs, KdaOperations, KdaStates
 
 
-def kda(
+def kda(inputs: KdaInputs, constants: KdaConstants, states: KdaStates, batch: Batch) -> Tensor:
+    """See `Kernels.kda`; activations are fp32."""
+    if not batch.is_decode:
+        return OPERATIONS(inputs, constants, states, batch)
+    output = torch.empty(inputs.gate.shape)
+    attend_step(
+        inputs.heads.numpy(),
+        inputs.decays.numpy(),
+        inputs.steps.numpy(),
+        inputs.gate.numpy(),
+        constants.convolution.numpy(),
+        constants.decay_bias.numpy(),
+        constants.decay_rate.numpy(),
+        constants.norm.numpy(),
+        np.float32(L2_EPSILON),
+        np.float32(constants.epsilon),
+        states.convolution.numpy(),
+        states.recurrent.numpy(),
+        batch.slots.numpy(),
+        output.numpy(),
+    )
+    return output
+
+
+def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, batch: Batch
 ) -> Tensor:
     """Kimi Delta Attention over the tokens of each request, continued from its state.
@@ -35,9 +65,9 @@ def kda(
     output = torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
     queries, keys, values, log_decays, steps = (x.float().numpy() for x in (q, k, v, g, beta))
     operands = (queries, keys, values, log_decays, steps, states.numpy())
-    if batch.is_decode:
-        attend_step(*operands, batch.slots.numpy(), output.numpy())
-    else:
-        parts = np.array([(part.placement.slot, part.start, part.stop) for part in batch.parts])
-        attend_chunks(*operands, parts, output.numpy())
+    parts = np.array([(part.placement.slot, part.start, part.stop) for part in batch.parts])
+    attend_chunks(*operands, parts, output.numpy())
     return output
+
+
+OPERATIONS: Final = KdaOperations(convolved_heads, decays_and_steps, delta_rule, gated_rms_norm)

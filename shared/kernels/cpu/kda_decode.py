@@ -1,4 +1,4 @@
-"""Kimi Delta Attention over one token of each request.
+"""Kimi Delta Attention over one token of each request: all that lies between the projections.
 
 With Z = Diag(exp g) S the decayed state (arXiv 2510.26692, equation 1):
 
@@ -6,8 +6,9 @@ With Z = Diag(exp g) S the decayed state (arXiv 2510.26692, equation 1):
     o = K^-1/2 (q^T Z + (q . k) u)
     S = Z + k u^T
 
-A state comes from memory and goes back to it once: it stays in the cache between reading it and
-writing it, while the next one is fetched.
+A thread does everything that a head needs, so that nothing in between is written to memory. A state
+comes from there and goes back once: it stays in the cache between reading it and writing it, while
+the next one is fetched.
 """
 
 from typing import Final
@@ -17,7 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.kernels.cpu.compiled import kernel, part
-from shared.kernels.cpu.elementary import exp
+from shared.kernels.cpu.convolution import advance, convolve_channels, l2_normalize
+from shared.kernels.cpu.decay import decay_channels
+from shared.kernels.cpu.elementary import exp, sigmoid
+from shared.kernels.cpu.normalization import normalize_gated
 from shared.kernels.cpu.rows import dense_row, fetch_row
 from shared.kernels.cpu.tiles import outer_tile
 from shared.kernels.cpu.vectors import LANES
@@ -32,47 +36,72 @@ _READ = outer_tile(2, WIDTH // LANES)
 
 @kernel
 def attend_step(
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    g: Floats,
-    beta: Floats,
+    x: Floats,
+    raised: Floats,
+    steps: Floats,
+    gate: Floats,
+    convolution: Floats,
+    bias: Floats,
+    rate: Floats,
+    norm: Floats,
+    l2_epsilon: np.float32,
+    epsilon: np.float32,
+    inputs: Floats,
     states: Floats,
     slots: Indices,
     output: Floats,
 ) -> None:
     """Write the outputs of R tokens, each of another request, and advance the requests' states.
 
-    The last dimension of each has no gaps.
-
     Args:
-        q: `[R, H, K]`.
-        k: `[R, H, K]`.
-        v: `[R, H, V]`.
-        g: `[R, H, K]`.
-        beta: `[R, H]`.
-        states: `[slots, H, K, V]`.
+        x: `[R, 3 * H * K]`, `KdaInputs.heads`.
+        raised: `[R, H * K]`, `KdaInputs.decays`.
+        steps: `[R, H]`.
+        gate: `[R, H * K]`.
+        convolution: `[taps + 1, 3 * H * K]`.
+        bias: `[H * K]`, of the decays.
+        rate: `[H]`, of the decays.
+        norm: `[K]`.
+        l2_epsilon: of queries and keys.
+        epsilon: of the norm.
+        inputs: `[slots, taps, 3 * H * K]`, states of the convolution.
+        states: `[slots, H, K, K]`.
         slots: `[R]`, rows of the requests' states.
-        output: `[R, H, V]`.
+        output: `[R, H * K]`.
     """
-    heads = q.shape[1]
+    heads, channels = states.shape[1], states.shape[2]
     for item in numba.prange(slots.shape[0] * heads):
         request, head = item // heads, item % heads
         following = min(item + 1, slots.shape[0] * heads - 1)
-        _attend_head(
-            dense_row(q[request], head),
-            dense_row(k[request], head),
-            dense_row(v[request], head),
-            dense_row(g[request], head),
-            beta[request, head],
+        own = slice(head * channels, (head + 1) * channels)
+        convolved = np.empty((3, channels), np.float32)
+        for kind in range(3):
+            first = (kind * heads + head) * channels
+            convolve_channels(
+                x, convolution, inputs[slots[request]], request, 0, first, convolved[kind]
+            )
+        for kind in range(2):
+            l2_normalize(convolved[kind], l2_epsilon)
+        g = np.empty(channels, np.float32)
+        decay_channels(dense_row(raised, request)[own], bias[own], rate[head], g)
+        attended = output[request, own]
+        attend_head(
+            convolved[0],
+            convolved[1],
+            convolved[2],
+            g,
+            sigmoid(steps[request, head]),
             states[slots[request], head],
             states[slots[following // heads], following % heads],
-            dense_row(output[request], head),
+            attended,
         )
+        normalize_gated(attended, dense_row(gate, request)[own], norm, epsilon, attended)
+    for request in numba.prange(slots.shape[0]):
+        advance(inputs[slots[request]], x[request : request + 1])
 
 
 @part
-def _attend_head(
+def attend_head(
     q: Floats,
     k: Floats,
     v: Floats,
@@ -82,6 +111,7 @@ def _attend_head(
     next_state: Floats,
     output: Floats,
 ) -> None:
+    """One head's output, `[V]`; its state `[K, V]` advances while the next one is fetched."""
     channels, values = state.shape
     decay = np.empty(channels, np.float32)
     readers = np.empty((2, channels), np.float32)

@@ -48,10 +48,17 @@ def _gated_rms_norm(
 ) -> None:
     for row in numba.prange(x.shape[0]):
         for head in range(x.shape[1]):
-            factor = inverse_root_mean_square(x[row, head], epsilon)
-            for channel in range(x.shape[2]):
-                value = x[row, head, channel] * factor * weight[channel]
-                y[row, head, channel] = value * sigmoid(gate[row, head, channel])
+            normalize_gated(x[row, head], gate[row, head], weight, epsilon, y[row, head])
+
+
+@part
+def normalize_gated(
+    x: Floats, gate: Floats, weight: Floats, epsilon: np.float32, y: Floats
+) -> None:
+    """One row of `gated_rms_norm`; y may be x."""
+    factor = inverse_root_mean_square(x, epsilon)
+    for channel in range(x.shape[0]):
+        y[channel] = x[channel] * factor * weight[channel] * sigmoid(gate[channel])
 
 
 @part

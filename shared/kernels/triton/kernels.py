@@ -9,6 +9,7 @@ from shared.kernels.batch import Batch
 from shared.kernels.dtypes import WeightDType
 from shared.kernels.expert_choice import choose_experts
 from shared.kernels.interface import Kernels
+from shared.kernels.kda_layer import KdaOperations
 from shared.kernels.linear import GatedFeedForward, Linear
 from shared.kernels.reference import decays_and_steps
 from shared.kernels.torch_dtypes import TORCH_DTYPES
@@ -39,13 +40,10 @@ def triton_kernels(dtype: WeightDType) -> Kernels:
         choose_experts=choose_experts,
         experts=GroupedExperts,
         feed_forward=_feed_forward,
-        convolved_heads=_convolved_heads,
-        decays_and_steps=decays_and_steps,
-        kda=_kda,
+        kda=KdaOperations(_convolved_heads, decays_and_steps, _delta_rule, _gated_rms_norm),
         store_latents=_store_latents,
         latent_attention=_latent_attention,
         rms_norm=rms_norm,
-        gated_rms_norm=_gated_rms_norm,
     )
 
 
@@ -80,7 +78,7 @@ def _convolution(x: Tensor, weight: Tensor, states: Tensor, batch: Batch) -> Ten
     return short_convolution(x, weight, states, batch.bounds, slots, longest)
 
 
-def _kda(
+def _delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, batch: Batch
 ) -> Tensor:
     g, beta, slots = g.contiguous(), beta.contiguous(), batch.slots.int()
