@@ -20,9 +20,6 @@ from training.tokenizer import EOS
 
 Tokens = NDArray[np.int32]
 
-MOST_CUT_OFF: Final = 2
-"""Characters, fewer than any prompt has."""
-
 GOLDEN_RATIO: Final = (5**0.5 - 1) / 2
 """Its multiples, modulo 1, cover the unit interval as evenly as numbers in a row can."""
 
@@ -77,7 +74,6 @@ class Batches:
     def __init__(self, recipe: Recipe, works: Mapping[str, Tokens], tokenizer: Tokenizer) -> None:
         self._recipe = recipe
         self._works = works
-        self._tokenizer = tokenizer
         self._recall = RecallTexts(tokenizer)
 
     def batch(self, step: int) -> TrainingBatch:
@@ -89,18 +85,14 @@ class Batches:
 
     def own_texts(self, step: int, parameters: Mapping[str, Tensor]) -> TrainingBatch:
         """What the model as it is at a step makes of prompts of that step."""
-        count = self._recipe.own_texts
-        weights = self._recipe.own_loop_weight, self._recipe.own_repeat_weight
+        count, weight = self._recipe.own_texts, self._recipe.own_loop_weight
         prompts = [self._prompt(step * count + n, f"own {step} {n}") for n in range(count)]
-        texts = own_loops(parameters, self._recipe.config, prompts, *weights)
+        texts = own_loops(parameters, self._recipe.config, prompts, weight)
         return self._stack([(text, False) for text in texts])
 
     def _prompt(self, number: int, seed: str) -> list[int]:
-        """The beginning of a text, cut off at a character as users do, not at a token."""
         source = random.Random(seed)
-        tokens = self._text(number, source, source.randint(*PROMPT))
-        text = self._tokenizer.decode(tokens)
-        return list(self._tokenizer.encode(text[: len(text) - source.randint(0, MOST_CUT_OFF)]))
+        return self._text(number, source, source.randint(*PROMPT))
 
     def _sequence(self, number: int, step: int) -> tuple[WeightedTokens, bool]:
         phase = self._recipe.phase(step)

@@ -1,8 +1,8 @@
-"""What the model itself writes again and again, as something to be unlikely.
+"""What the model itself writes when it is stuck, as something to be unlikely.
 
 Made-up repetitions (`escapes`) teach that text does not repeat itself. The loops that the model
-falls into are its own, and it learns to leave them, and not to say the same twice, from these (the
-unlikelihood of whole sequences, arXiv 1908.04319, section 5.2).
+falls into are its own, and it learns to leave them from these (the unlikelihood of whole sequences,
+arXiv 1908.04319, section 5.2).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,30 +21,26 @@ from training.parameters import weights_of
 from training.recall import UNSCORED, WeightedTokens
 
 PROMPT: Final = (3, 16)
-"""Fewest and most tokens of a prompt, before its end is cut off."""
+"""Fewest and most tokens of a prompt."""
 TEXT: Final = 129
 """Tokens of a prompt and what the model makes of it: 128 have a target."""
 LONGEST: Final = TEXT // 3
 """Tokens of a piece that loops."""
-SAID_BEFORE: Final = 6
-"""Tokens in a row that do not come again by chance."""
 
 
 def own_loops(
     parameters: Mapping[str, Tensor],
     config: KimiLinearConfig,
     prompts: Sequence[Sequence[int]],
-    loop_weight: float,
-    repeat_weight: float,
+    weight: float,
 ) -> list[WeightedTokens]:
-    """Go on with each prompt, always the likeliest token, and weigh what was there before.
+    """Go on with each prompt, always the likeliest token, and weigh what loops.
 
     Args:
         parameters: of the model as it is now.
         config: of the model.
         prompts: text, which is scored as such from its second token on.
-        loop_weight: of the tokens that loop, which have it with a minus sign.
-        repeat_weight: likewise, of other tokens that say once more what was said.
+        weight: of the tokens that loop, which have it with a minus sign.
 
     Returns:
         The texts, `TEXT` tokens each.
@@ -54,11 +50,8 @@ def own_loops(
         text = WeightedTokens.none()
         text.add(prompt[:1], UNSCORED)
         text.add(prompt[1:])
-        for token, loops, repeats in zip(
-            continued, looping(continued), repeating(continued), strict=True
-        ):
-            weight = loop_weight if loops else repeat_weight if repeats else UNSCORED
-            text.add([token], -weight)
+        for token, loops in zip(continued, looping(continued), strict=True):
+            text.add([token], -weight if loops else UNSCORED)
         texts.append(text)
     return texts
 
@@ -71,17 +64,6 @@ def looping(tokens: Sequence[int]) -> list[bool]:
         for place in range(period, len(tokens)):
             same = same + 1 if tokens[place] == tokens[place - period] else 0
             found[place] |= same > period
-    return found
-
-
-def repeating(tokens: Sequence[int]) -> list[bool]:
-    """Which tokens are the last of `SAID_BEFORE` that came in this order before."""
-    seen: set[tuple[int, ...]] = set()
-    found = []
-    for stop in range(1, len(tokens) + 1):
-        piece = tuple(tokens[max(0, stop - SAID_BEFORE) : stop])
-        found.append(len(piece) == SAID_BEFORE and piece in seen)
-        seen.add(piece)
     return found
 
 

@@ -67,8 +67,8 @@ class Recipe:
     """The part of the learning rates that these steps begin with."""
     own_loop_weight: float = 4.0
     """Of the tokens that go on in a loop of the model's own, which are to be unlikely."""
-    own_repeat_weight: float = 1.0
-    """Of other tokens that say what such a text said before, likewise."""
+    averaged: tuple[int, ...] = ()
+    """Steps behind which the parameters are taken: the model is their mean (arXiv 1803.05407)."""
     matrix_learning_rate: float = 0.02
     """Of Muon, for the matrices between embedding and head."""
     matrix_momentum: float = 0.95
@@ -176,6 +176,7 @@ TINY: Final = Recipe(
     steps=1100,
     warmup_steps=30,
     decay_steps=350,
-    own_loop_steps=500,
+    own_loop_steps=400,
+    averaged=(1400, 1450, 1500),
 )
 """The model that ships with the project."""

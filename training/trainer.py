@@ -82,12 +82,14 @@ class Trainer:
     Attributes:
         parameters: by published name.
         step: the next one, counted from 0.
+        averaged: the sum of the parameters behind the recipe's `averaged` steps so far.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.parameters: Parameters = initial_parameters(recipe.config, recipe.seed)
         self.step = 0
+        self.averaged = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._pool = ThreadPoolExecutor(recipe.shards)
         self._choice_biases = [
             tensor for name, tensor in self.parameters.items() if name.endswith(CHOICE_BIAS)
@@ -121,6 +123,9 @@ class Trainer:
         counts = [sum(each) for each in zip(*(done.tally.counts for done in passes), strict=True)]
         self._balance(counts)
         self.step += 1
+        if self.step in self.recipe.averaged:
+            for name, summed in self.averaged.items():
+                summed.add_(self.parameters[name].detach())
         losses = torch.cat([done.losses for done in passes])
         is_found = torch.cat([done.is_found for done in passes])
         return _report(shards, losses, is_found, float(gradient), counts)
@@ -146,6 +151,12 @@ class Trainer:
         for parameter in self._learned:
             parameter.grad = None
 
+    def result(self) -> Parameters:
+        """The model that the recipe makes, once all its steps are taken."""
+        if not self.recipe.averaged:
+            return {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return {name: total / len(self.recipe.averaged) for name, total in self.averaged.items()}
+
     def save(self, path: Path) -> None:
         """Write all that `restore` needs; a file is there whole or not at all."""
         beside = path.with_suffix(".partial")
@@ -153,6 +164,7 @@ class Trainer:
             {
                 "step": self.step,
                 "parameters": {n: p.detach() for n, p in self.parameters.items()},
+                "averaged": self.averaged,
                 "momenta": self._muon.momenta,
                 "adamw": self._adamw.state_dict(),
             },
@@ -167,6 +179,7 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved["parameters"][name])
+        self.averaged = saved["averaged"]
         self._muon.momenta = saved["momenta"]
         self._adamw.load_state_dict(saved["adamw"])
 

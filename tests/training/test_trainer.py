@@ -79,6 +79,21 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
         assert torch.equal(resumed.parameters[name], parameter), name
 
 
+def test_the_model_is_the_mean_of_the_averaged_steps_even_after_an_interruption(
+    recipe: Recipe, batches: Batches, tmp_path: Path
+) -> None:
+    averaging = replace(recipe, averaged=(1, 3))
+    trainer, seen = Trainer(averaging), []
+    for _ in range(3):
+        trainer.train(batches.batch(trainer.step).shards(2))
+        seen.append({name: p.detach().clone() for name, p in trainer.parameters.items()})
+        trainer.save(tmp_path / "checkpoint.pt")
+        trainer = Trainer(averaging)
+        trainer.restore(tmp_path / "checkpoint.pt")
+    for name, mean in trainer.result().items():
+        torch.testing.assert_close(mean, (seen[0][name] + seen[2][name]) / 2)
+
+
 def test_experts_that_are_chosen_too_seldom_gain(recipe: Recipe, batches: Batches) -> None:
     trainer = Trainer(recipe)
     trainer.train(batches.batch(0).shards(2))
