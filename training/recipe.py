@@ -67,8 +67,8 @@ class Recipe:
     """The part of the learning rates that these steps begin with."""
     own_loop_weight: float = 4.0
     """Of the tokens that go on in a loop of the model's own, which are to be unlikely."""
-    averaged: tuple[int, ...] = ()
-    """Steps behind which the parameters are taken: the model is their mean (arXiv 1803.05407)."""
+    averaged: tuple[int, ...] = (0,)
+    """Steps before the end: the model is the mean of the parameters there (arXiv 1803.05407)."""
     matrix_learning_rate: float = 0.02
     """Of Muon, for the matrices between embedding and head."""
     matrix_momentum: float = 0.95
@@ -95,6 +95,10 @@ class Recipe:
     def all_steps(self) -> int:
         """With those over the model's own loops."""
         return self.steps + self.own_loop_steps
+
+    def is_averaged(self, step: int) -> bool:
+        """Whether the parameters after so many steps are a part of the mean."""
+        return self.all_steps - step in self.averaged
 
     def phase(self, step: int) -> Phase:
         """The one that a step belongs to."""
@@ -177,6 +181,6 @@ TINY: Final = Recipe(
     warmup_steps=30,
     decay_steps=350,
     own_loop_steps=400,
-    averaged=(1400, 1450, 1500),
+    averaged=(100, 50, 0),
 )
 """The model that ships with the project."""

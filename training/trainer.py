@@ -82,7 +82,8 @@ class Trainer:
     Attributes:
         parameters: by published name.
         step: the next one, counted from 0.
-        averaged: the sum of the parameters behind the recipe's `averaged` steps so far.
+        averaged: the sum of the parameters at the recipe's `averaged` steps so far.
+        averages: how many these are.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -90,6 +91,7 @@ class Trainer:
         self.parameters: Parameters = initial_parameters(recipe.config, recipe.seed)
         self.step = 0
         self.averaged = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.averages = 0
         self._pool = ThreadPoolExecutor(recipe.shards)
         self._choice_biases = [
             tensor for name, tensor in self.parameters.items() if name.endswith(CHOICE_BIAS)
@@ -123,9 +125,8 @@ class Trainer:
         counts = [sum(each) for each in zip(*(done.tally.counts for done in passes), strict=True)]
         self._balance(counts)
         self.step += 1
-        if self.step in self.recipe.averaged:
-            for name, summed in self.averaged.items():
-                summed.add_(self.parameters[name].detach())
+        if self.recipe.is_averaged(self.step):
+            self._add_to_average()
         losses = torch.cat([done.losses for done in passes])
         is_found = torch.cat([done.is_found for done in passes])
         return _report(shards, losses, is_found, float(gradient), counts)
@@ -152,10 +153,15 @@ class Trainer:
             parameter.grad = None
 
     def result(self) -> Parameters:
-        """The model that the recipe makes, once all its steps are taken."""
-        if not self.recipe.averaged:
+        """The mean that the recipe asks for; before its first part, the parameters as they are."""
+        if not self.averages:
             return {name: parameter.detach() for name, parameter in self.parameters.items()}
-        return {name: total / len(self.recipe.averaged) for name, total in self.averaged.items()}
+        return {name: total / self.averages for name, total in self.averaged.items()}
+
+    def _add_to_average(self) -> None:
+        self.averages += 1
+        for name, total in self.averaged.items():
+            total.add_(self.parameters[name].detach())
 
     def save(self, path: Path) -> None:
         """Write all that `restore` needs; a file is there whole or not at all."""
@@ -165,6 +171,7 @@ class Trainer:
                 "step": self.step,
                 "parameters": {n: p.detach() for n, p in self.parameters.items()},
                 "averaged": self.averaged,
+                "averages": self.averages,
                 "momenta": self._muon.momenta,
                 "adamw": self._adamw.state_dict(),
             },
@@ -179,7 +186,7 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved["parameters"][name])
-        self.averaged = saved["averaged"]
+        self.averaged, self.averages = saved["averaged"], saved["averages"]
         self._muon.momenta = saved["momenta"]
         self._adamw.load_state_dict(saved["adamw"])
 

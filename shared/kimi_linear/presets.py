@@ -281,8 +281,8 @@ def _feed_forward_tensors(
         yield f"{prefix}.experts.{expert}.w1.weight", weights.matrix(width, hidden)
         yield f"{prefix}.experts.{expert}.w3.weight", weights.matrix(width, hidden)
         yield f"{prefix}.experts.{expert}.w2.weight", weights.matrix(hidden, width)
-    shared = config.num_shared_experts * width
-    yield from _dense_tensors(f"{prefix}.shared_experts", weights, hidden, shared)
+    if config.num_shared_experts:
+        yield from _dense_tensors(f"{prefix}.shared_experts", weights, hidden, width)
 
 
 def _dense_tensors(

@@ -65,6 +65,21 @@ def test_shards_are_one_checkpoint(
     assert torch.equal(logits_of(tmp_path), expected_logits)
 
 
+def test_a_model_without_a_shared_expert_is_one_whose_shared_expert_says_nothing(
+    write_checkpoint: WriteCheckpoint,
+    reference_tensors: dict[str, Tensor],
+    reference_config: dict[str, Any],
+) -> None:
+    silent = {
+        name: torch.zeros_like(tensor) if "shared_experts.down_proj" in name else tensor
+        for name, tensor in reference_tensors.items()
+    }
+    expected = logits_of(write_checkpoint(silent, reference_config))
+    without = {name: x for name, x in reference_tensors.items() if "shared_experts" not in name}
+    config = {**reference_config, "num_shared_experts": 0}
+    assert torch.equal(logits_of(write_checkpoint(without, config)), expected)
+
+
 def test_singleton_dimensions_do_not_matter(
     write_checkpoint: WriteCheckpoint,
     reference_tensors: dict[str, Tensor],

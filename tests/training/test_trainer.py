@@ -3,13 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from shared.kimi_linear.engine import Engine, Room
 from tests.model.tolerances import SAME_MODEL_LOGITS
 from training.batches import Batches
 from training.parameters import Parameters, export_checkpoint
-from training.recipe import Recipe
+from training.recipe import TINY, Recipe
 from training.trainer import ExpertTally, Trainer, forward, weighted_loss
 
 
@@ -79,19 +80,33 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
         assert torch.equal(resumed.parameters[name], parameter), name
 
 
-def test_the_model_is_the_mean_of_the_averaged_steps_even_after_an_interruption(
+def test_the_model_is_the_mean_at_the_averaged_steps_even_after_an_interruption(
     recipe: Recipe, batches: Batches, tmp_path: Path
 ) -> None:
-    averaging = replace(recipe, averaged=(1, 3))
+    averaging = replace(recipe, steps=4, own_loop_steps=0, averaged=(2, 0))
     trainer, seen = Trainer(averaging), []
-    for _ in range(3):
+    for _ in range(averaging.all_steps):
         trainer.train(batches.batch(trainer.step).shards(2))
         seen.append({name: p.detach().clone() for name, p in trainer.parameters.items()})
+        if trainer.step == 1:
+            assert_same(trainer.result(), seen[0])  # Nothing is averaged yet.
         trainer.save(tmp_path / "checkpoint.pt")
         trainer = Trainer(averaging)
         trainer.restore(tmp_path / "checkpoint.pt")
-    for name, mean in trainer.result().items():
-        torch.testing.assert_close(mean, (seen[0][name] + seen[2][name]) / 2)
+    assert_same(trainer.result(), {name: (seen[1][name] + seen[3][name]) / 2 for name in seen[1]})
+
+
+@pytest.mark.parametrize("steps", [800, 1100, 1500])
+def test_what_is_averaged_ends_with_the_run_however_long_it_is(steps: int) -> None:
+    recipe = TINY.shortened(steps)
+    averaged = [step for step in range(1, recipe.all_steps + 1) if recipe.is_averaged(step)]
+    assert averaged == [recipe.all_steps - before for before in (100, 50, 0)]
+
+
+def assert_same(found: Parameters, expected: Parameters) -> None:
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        torch.testing.assert_close(found[name], parameter, rtol=1e-6, atol=0)
 
 
 def test_experts_that_are_chosen_too_seldom_gain(recipe: Recipe, batches: Batches) -> None:
