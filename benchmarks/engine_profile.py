@@ -2,41 +2,50 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from unittest.mock import patch
 
+import numpy as np
 from torch import Tensor
 
 from benchmarks.measured_engine import MeasuredEngine
 from benchmarks.measurement import Workload
+from shared.kernels.cpu.compiled import Call, run
 from shared.kernels.dispatch import kernels_for
 from shared.kernels.dtypes import WeightDType, WeightDTypeChoice
 from shared.kernels.interface import Kernels
 
 ResultT = TypeVar("ResultT")
 
-_MATRICES: Final = {"linear", "experts", "feed_forward"}
+_MATRICES: Final = {"embedding", "linear", "experts", "feed_forward"}
 """Kernels that take matrices and give what multiplies with them."""
+_OTHER_FIELDS: Final = {"loaded_dtype", "activation_dtype", "state_dtype", "captured"}
+"""Of `Kernels`."""
 
 
 class KernelTimes:
-    """Time spent in each kernel, and calls of it; products by the shape of their matrices."""
+    """Time spent in each kernel, and calls of it; products by the shape of their matrices.
+
+    Of a step that was captured there is only machine code left: its kernels have the names of the
+    compiled functions, and the shapes of the largest arrays that they are given.
+    """
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._calls: Counter[str] = Counter()
 
-    def kernels_for(self, device_type: str, dtype: WeightDType) -> Kernels:
+    def _kernels_for(self, device_type: str, dtype: WeightDType) -> Kernels:
         """Choose kernels as usual, and time them."""
         kernels = kernels_for(device_type, dtype)
         operations = {
             field.name: getattr(kernels, field.name)
             for field in fields(kernels)
-            if field.name not in ("loaded_dtype", "activation_dtype", "state_dtype")
+            if field.name not in _OTHER_FIELDS
         }
         timed: dict[str, Any] = {
             name: self._timed_product(name, operation)
@@ -45,6 +54,15 @@ class KernelTimes:
             for name, operation in operations.items()
         }
         return replace(kernels, **timed)
+
+    @contextmanager
+    def of_engines(self) -> Iterator[None]:
+        """Time the kernels of engines that are loaded meanwhile, and captured steps."""
+        with (
+            patch("shared.kimi_linear.engine.kernels_for", self._kernels_for),
+            patch("shared.kernels.cpu.captured_step.run", self._run),
+        ):
+            yield
 
     def of(self, work: Callable[[], float]) -> Iterator[str]:
         """Lines of a table: kernels by the time spent in them, then what lies between them."""
@@ -58,6 +76,13 @@ class KernelTimes:
         yield f"{'between kernels':<50}{1000 * rest:>12.2f}{rest / seconds:>8.1%}"
         yield f"{'by the clock':<50}{1000 * seconds:>12.2f}"
         yield ""
+
+    def _run(self, calls: Iterable[Call]) -> None:
+        for code, arguments in calls:
+            arrays = [argument for argument in arguments if isinstance(argument, np.ndarray)]
+            largest = max(arrays, key=lambda array: array.nbytes)
+            name = f"{code.__name__} {list(largest.shape)}"
+            self._timed(name, run)([(code, arguments)])
 
     def _timed_product(self, name: str, make: Callable[..., Callable[..., ResultT]]) -> object:
         def made(*matrices: Tensor) -> Callable[..., ResultT]:
@@ -81,8 +106,11 @@ def tables(
 ) -> Iterator[str]:
     """Give a table for each point of a workload; each runs once before it is profiled."""
     times = KernelTimes()
-    with patch("shared.kimi_linear.engine.kernels_for", times.kernels_for):
-        engine = MeasuredEngine(model, dtype, threads)
+    with times.of_engines():
+        yield from _tables(MeasuredEngine(model, dtype, threads), workload, times)
+
+
+def _tables(engine: MeasuredEngine, workload: Workload, times: KernelTimes) -> Iterator[str]:
     for tokens in workload.prefill:
         with engine.requests(2, room=tokens) as (first, second):
             engine.prefill(tokens, first)

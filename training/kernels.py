@@ -16,9 +16,9 @@ from shared.kernels.expert_choice import choose_experts
 from shared.kernels.interface import Kernels
 from shared.kernels.kda_layer import KdaOperations
 from shared.kernels.linear import Experts, GatedFeedForward, Linear
-from shared.kernels.reference import decays_and_steps, store_latents
+from shared.kernels.reference import add_rms_norm, decays_and_steps, store_latents
 from training.experts import GroupedExperts
-from training.linear import PlainLinear
+from training.linear import PlainEmbedding, PlainLinear
 
 CHUNK: Final = 32
 """Tokens between two updates of the recurrent state; sequences have a multiple of it."""
@@ -40,6 +40,7 @@ def training_kernels(observe_choices: Callable[[Tensor], None]) -> Kernels:
         loaded_dtype=torch.float32,
         activation_dtype=torch.float32,
         state_dtype="float32",
+        embedding=PlainEmbedding,
         linear=PlainLinear,
         choose_experts=choose_experts,
         experts=experts,
@@ -48,6 +49,7 @@ def training_kernels(observe_choices: Callable[[Tensor], None]) -> Kernels:
         store_latents=store_latents,
         latent_attention=latent_attention,
         rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
     )
 
 

@@ -78,16 +78,25 @@ class Part:
         """Tokens of the request, with these."""
         return self.seen + self.tokens
 
+    @property
+    def first_row(self) -> int:
+        """Row of the latent pool for the latent of the first of these tokens."""
+        page = self.placement.pages[self.seen // PAGE_TOKENS]
+        return page * PAGE_TOKENS + self.seen % PAGE_TOKENS
 
-@dataclass(frozen=True)
+
 class Batch:
     """Tokens of R requests, those of one after those of the other: T rows without any padding.
 
     Its tensors are made once, on the device that computes.
+
+    Attributes:
+        parts: the tokens of each request.
     """
 
-    parts: tuple[Part, ...]
-    device: torch.device = CPU
+    def __init__(self, parts: tuple[Part, ...], device: torch.device = CPU) -> None:
+        self.parts = parts
+        self._device = device
 
     @classmethod
     def pack(
@@ -124,19 +133,19 @@ class Batch:
     def slots(self) -> Tensor:
         """Rows of the KDA states, `[R]`, int64."""
         slots = [part.placement.slot for part in self.parts]
-        return torch.tensor(slots, device=self.device)
+        return torch.tensor(slots, device=self._device)
 
     @cached_property
     def bounds(self) -> Tensor:
         """Rows of request r are [bounds[r], bounds[r + 1]): `[R + 1]`, int32."""
         bounds = [0, *(part.stop for part in self.parts)]
-        return torch.tensor(bounds, dtype=torch.int32, device=self.device)
+        return torch.tensor(bounds, dtype=torch.int32, device=self._device)
 
     @cached_property
     def lengths(self) -> Tensor:
         """Tokens of each request, with those of the batch, `[R]`, int32."""
         lengths = [part.length for part in self.parts]
-        return torch.tensor(lengths, dtype=torch.int32, device=self.device)
+        return torch.tensor(lengths, dtype=torch.int32, device=self._device)
 
     @cached_property
     def page_table(self) -> Tensor:
@@ -145,22 +154,17 @@ class Batch:
         pages = [
             part.placement.pages + (0,) * (most - len(part.placement.pages)) for part in self.parts
         ]
-        return torch.tensor(pages, dtype=torch.int32, device=self.device)
+        return torch.tensor(pages, dtype=torch.int32, device=self._device)
 
     @cached_property
     def latent_rows(self) -> Tensor:
         """Rows of the latent pool for the latents of the batch's tokens, `[T]`, int64."""
         if self.is_decode:
-            rows = [_row(part.placement, part.seen) for part in self.parts]
-            return torch.tensor(rows, device=self.device)
+            return torch.tensor([part.first_row for part in self.parts], device=self._device)
         return torch.cat(
             [
-                torch.arange(rows.start, rows.stop, device=self.device)
+                torch.arange(rows.start, rows.stop, device=self._device)
                 for part in self.parts
                 for rows, _ in part.placement.split(part.seen, part.length)
             ]
         )
-
-
-def _row(placement: Placement, token: int) -> int:
-    return placement.pages[token // PAGE_TOKENS] * PAGE_TOKENS + token % PAGE_TOKENS

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from shared.errors import UnsupportedDeviceError
+from shared.kernels.cpu.captured_step import CapturedStep
+from shared.kernels.cpu.embedding import Rows
 from shared.kernels.cpu.expert_choice import choose_experts
 from shared.kernels.cpu.feed_forward import DenseFeedForward, TiledExperts
 from shared.kernels.cpu.kda import kda
@@ -18,7 +20,7 @@ from shared.kernels.cpu.matrix_units import mla as matrix_units_mla
 from shared.kernels.cpu.matrix_units.feed_forward import MatrixUnitExperts
 from shared.kernels.cpu.matrix_units.linear import MatrixUnitLinear, fits_units, has_matrix_units
 from shared.kernels.cpu.mla import latent_attention
-from shared.kernels.cpu.normalization import rms_norm
+from shared.kernels.cpu.normalization import add_rms_norm, rms_norm
 from shared.kernels.dtypes import WeightDType
 from shared.kernels.interface import Kernels
 from shared.kernels.linear import Experts, Linear
@@ -59,6 +61,7 @@ def _compiled(
         loaded_dtype=dtype,
         activation_dtype=torch.float32,
         state_dtype="float32",
+        embedding=lambda weight: Rows(Matrix.of(weight)),
         linear=lambda weight: linear(form(weight)),
         choose_experts=choose_experts,
         experts=lambda gate_and_up, down: experts(form(gate_and_up), form(down)),
@@ -69,6 +72,8 @@ def _compiled(
         store_latents=store_latents,
         latent_attention=latent_attention,
         rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        captured=CapturedStep,
     )
 
 

@@ -15,6 +15,14 @@ class Linear(Protocol):
         ...
 
 
+class Embedding(Protocol):
+    """A matrix with a row for each token of the vocabulary."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Look tokens up, `[T]`, int64: `[T, hidden]`, activations."""
+        ...
+
+
 class Experts(Protocol):
     """E gated feed-forward parts of the same shape: down(silu(gate x) * up x)."""
 

@@ -77,6 +77,20 @@ def short_convolution(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor,
     return torch.stack(outputs), inputs[x.shape[0] :]
 
 
+def add_rms_norm(
+    x: Tensor, addend: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Sum two `[T, D]`.
+
+    Returns:
+        The sum, and the sum divided by the root mean square of its last dimension, times the
+        weight `[D]`: x / sqrt(mean(x^2) + epsilon) * w. Both have the dtype of `x`; inside it is
+        fp32.
+    """
+    total = x + addend
+    return total, functional.rms_norm(total.float(), weight.shape, weight, epsilon).to(x.dtype)
+
+
 def store_latents(x: Tensor, weight: Tensor, epsilon: float, latents: Tensor, batch: Batch) -> None:
     """Put the latents of the batch's tokens into the pool.
 

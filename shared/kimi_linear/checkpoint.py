@@ -85,7 +85,7 @@ def assemble_weights(
     tied = config.tie_word_embeddings
     head = embedding if tied else checkpoint.matrix("lm_head.weight", vocabulary)
     return ModelWeights(
-        embedding=embedding,
+        embedding=kernels.embedding(embedding),
         layers=tuple(
             _layer(checkpoint, config, kernels, n) for n in range(config.num_hidden_layers)
         ),

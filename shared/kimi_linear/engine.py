@@ -16,6 +16,7 @@ from shared.kernels.dispatch import AUTOMATIC, kernels_for
 from shared.kernels.dtypes import WeightDType, WeightDTypeChoice
 from shared.kimi_linear.checkpoint import load_weights
 from shared.kimi_linear.config import KimiLinearConfig
+from shared.kimi_linear.decode_steps import DecodeSteps
 from shared.kimi_linear.fingerprint import fingerprint
 from shared.kimi_linear.fingerprint_cache import FingerprintCache
 from shared.kimi_linear.model import KimiLinear, LayerPassed, unobserved
@@ -75,6 +76,7 @@ class Engine:
         pool: StatePool,
     ) -> None:
         self._model = model
+        self._decode_steps = DecodeSteps(model, pool)
         self._pool = pool
         self.config = config
         self.fingerprint = fingerprint
@@ -237,10 +239,13 @@ class Engine:
             ValueError: the numbers of tokens and states differ, a state occurs twice, or one is
                 still being imported.
         """
-        parts = [(token,) for token in tokens]
-        self._check(parts, states)
-        with torch.inference_mode():
-            return self._model.logits(self._forward(parts, states))
+        self._check([(token,) for token in tokens], states)
+        with torch.inference_mode(), ExitStack() as uses:
+            where = [uses.enter_context(state.in_use()) for state in states]
+            logits = self._decode_steps(tokens, [state.length for state in states], where)
+        for state in states:
+            state.advance(1)
+        return logits
 
     def _forward(
         self,

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from torch import Tensor
-from torch.nn import functional
 
 from shared.kernels.batch import Batch
-from shared.kernels.interface import Kernels
+from shared.kernels.interface import Kernels, Step
 from shared.kimi_linear.config import KimiLinearConfig
 from shared.kimi_linear.feed_forward import MixtureOfExperts
 from shared.kimi_linear.kda import KdaAttention
@@ -43,21 +42,12 @@ class FeedForward(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """x + attention(norm x), then x + feed_forward(norm x)."""
+    """Two parts, each of which adds to the tokens what it makes of them in normalised form."""
 
     attention_norm: Tensor
     attention: Attention
     feed_forward_norm: Tensor
     feed_forward: FeedForward
-    kernels: Kernels
-    epsilon: float
-
-    def __call__(self, x: Tensor, pool: StatePool, batch: Batch) -> Tensor:
-        """The batch's tokens, `[T, hidden]`."""
-        normalised = self.kernels.rms_norm(x, self.attention_norm, self.epsilon)
-        x = x + self.attention(normalised, pool, batch)
-        normalised = self.kernels.rms_norm(x, self.feed_forward_norm, self.epsilon)
-        return x + self.feed_forward(normalised)
 
 
 class KimiLinear:
@@ -68,6 +58,7 @@ class KimiLinear:
         self._kernels = kernels
         self._epsilon = config.rms_norm_eps
         self._layers = _build_layers(weights.layers, config, kernels)
+        self._next_norms = [*(layer.attention_norm for layer in self._layers[1:]), weights.norm]
 
     def __call__(
         self,
@@ -85,18 +76,27 @@ class KimiLinear:
             passed: told of each layer that the tokens have passed.
 
         Returns:
-            Hidden states `[T, hidden]`, for `logits`.
+            Hidden states `[T, hidden]`, normalised, for `logits`.
         """
-        x = functional.embedding(tokens, self._weights.embedding).to(self._kernels.activation_dtype)
-        for number, layer in enumerate(self._layers):
-            x = layer(x, pool, batch)
+        add_rms_norm, epsilon = self._kernels.add_rms_norm, self._epsilon
+        x = self._weights.embedding(tokens)
+        normalised = self._kernels.rms_norm(x, self._layers[0].attention_norm, epsilon)
+        for number, (layer, next_norm) in enumerate(
+            zip(self._layers, self._next_norms, strict=True)
+        ):
+            attended = layer.attention(normalised, pool, batch)
+            x, normalised = add_rms_norm(x, attended, layer.feed_forward_norm, epsilon)
+            x, normalised = add_rms_norm(x, layer.feed_forward(normalised), next_norm, epsilon)
             passed(number)
-        return x
+        return normalised
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states `[T, hidden]` to logits `[T, vocabulary]`, fp32."""
-        normalised = self._kernels.rms_norm(hidden, self._weights.norm, self._epsilon)
-        return self._weights.head(normalised).float()
+        return self._weights.head(hidden).float()
+
+    def captured(self, step: Step) -> Step:
+        """Make a step of the two above cheaper to run again: see `Kernels.captured`."""
+        return self._kernels.captured(step)
 
 
 def _build_layers(
@@ -109,8 +109,6 @@ def _build_layers(
             attention=_build_attention(layer, config, kernels, kinds[:n].count(kinds[n])),
             feed_forward_norm=layer.feed_forward_norm,
             feed_forward=_build_feed_forward(layer, config, kernels),
-            kernels=kernels,
-            epsilon=config.rms_norm_eps,
         )
         for n, layer in enumerate(layers)
     )

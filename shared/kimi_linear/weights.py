@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shared.kernels.kda_layer import KdaConstants
-from shared.kernels.linear import Experts, Linear
+from shared.kernels.linear import Embedding, Experts, Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class LayerWeights:
 class ModelWeights:
     """The whole model."""
 
-    embedding: Tensor
+    embedding: Embedding
     """`[vocabulary, hidden]`."""
     layers: tuple[LayerWeights, ...]
     norm: Tensor

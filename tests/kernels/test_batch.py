@@ -2,10 +2,12 @@
 
 from itertools import pairwise
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.kernels.batch import PAGE_TOKENS, Batch, Placement
+from shared.kernels.decode_batch import DecodeBatch
 from tests.kernels.packing import scattered
 
 pages = st.lists(st.integers(0, 50), unique=True, min_size=1, max_size=8).map(tuple)
@@ -73,3 +75,27 @@ def test_a_decode_batch_is_one_token_of_each() -> None:
     assert not Batch.pack([1, 2], [64, 5], where).is_decode
     assert Batch.pack([1, 1], [64, 5], where).latent_rows.tolist() == [64, 133]
     assert Batch.pack([1, 1], [63, 63], where).latent_rows.tolist() == [63, 191]
+
+
+@given(st.lists(st.lists(st.integers(0, 255), min_size=2, max_size=2), min_size=1, max_size=5))
+def test_a_decode_batch_in_the_same_tensors_is_one_that_is_made_for_the_step(
+    steps: list[list[int]],
+) -> None:
+    """Requests come and go: who they are and what they have seen changes from step to step."""
+    requests = [
+        Placement(0, (7, 3, 4, 1)),
+        Placement(1, (2, 9, 8, 0)),
+        Placement(5, (6, 5, 11, 10)),
+    ]
+    batch = DecodeBatch(2, 4)
+    tensors = batch.slots, batch.bounds, batch.lengths, batch.page_table, batch.latent_rows
+    for number, seen in enumerate(steps):
+        where = [requests[(number + sum(seen)) % 3], requests[(number + sum(seen) + 1) % 3]]
+        batch.take(seen, where)
+        made = Batch.pack([1, 1], seen, where)
+        assert batch.parts == made.parts
+        assert batch.is_decode
+        expected = made.slots, made.bounds, made.lengths, made.page_table, made.latent_rows
+        for tensor, values in zip(tensors, expected, strict=True):
+            assert tensor.dtype == values.dtype
+            assert torch.equal(tensor, values)

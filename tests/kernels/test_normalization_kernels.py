@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from shared.kernels.cpu.normalization import gated_rms_norm, rms_norm
+from shared.kernels.cpu.normalization import add_rms_norm, gated_rms_norm, rms_norm
+from shared.kernels.reference import add_rms_norm as plain_add_rms_norm
 
 EPSILON = 1e-5
 
@@ -16,6 +17,16 @@ def test_rms_norm(size: float) -> None:
     torch.testing.assert_close(
         rms_norm(x, weight, EPSILON).double(), expected, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e6])
+def test_a_sum_is_normalised_as_by_itself(size: float) -> None:
+    x, addend, weight = size * torch.randn(5, 24), torch.randn(5, 60)[:, 7:31], torch.randn(24)
+    total, normalised = add_rms_norm(x, addend, weight, EPSILON)
+    assert torch.equal(total, x + addend)
+    assert torch.equal(normalised, rms_norm(total, weight, EPSILON))
+    _, expected = plain_add_rms_norm(x, addend, weight, EPSILON)
+    torch.testing.assert_close(normalised, expected)
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e6])

@@ -11,11 +11,11 @@ import importlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import numba
 import torch
@@ -23,6 +23,9 @@ import torch
 from shared.cache_directory import user_cache_directory
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
+
+Call: TypeAlias = tuple[Callable[..., object], tuple[object, ...]]
+"""Machine code for arguments of just these types, and the arguments."""
 
 
 def _has_openmp() -> bool:
@@ -36,8 +39,8 @@ def _has_openmp() -> bool:
 
 _HAS_OPENMP: Final = _has_openmp()
 numba.config.THREADING_LAYER = "omp" if _HAS_OPENMP else "workqueue"
-_ALONE: Final = threading.Lock()
-"""Held by a kernel without OpenMP: numba's own threads serve one at a time."""
+_TURN: Final[AbstractContextManager[object]] = nullcontext() if _HAS_OPENMP else threading.Lock()
+"""Held by what runs kernels: numba's own threads, without OpenMP, serve one at a time."""
 
 REORDERED: Final = {"reassoc", "contract", "nsz"}
 """What LLVM may do to sums and products; infinities and NaNs stay what they are."""
@@ -95,32 +98,61 @@ _OPTIONS: Final[dict[str, Any]] = {
 }
 
 
-class _Threads(threading.local):
-    """How many threads kernels that are called from this one run in; 0 before the first."""
+class _Caller(threading.local):
+    """What there is to know of a thread that calls kernels."""
 
-    count: int = 0
+    threads: int = 0
+    """That its kernels run in; 0 before the first."""
+    calls: list[Call] | None = None
+    """Those that it made, while they are recorded."""
 
 
-_THREADS: Final = _Threads()
+_CALLER: Final = _Caller()
 
 
 def kernel(function: FunctionT) -> FunctionT:
-    """Compile what Python calls: a `prange` in it runs in as many threads as torch's operations."""
+    """Compile what Python calls: a `prange` in it runs in as many threads as torch's operations.
+
+    It gives nothing back: its results are in the arrays that it is given.
+    """
     compiled = _kept_where_possible(numba.njit(parallel=True, **_OPTIONS)(function))
-    most: int = numba.config.NUMBA_NUM_THREADS
 
     @wraps(function)
-    def call(*arguments: object) -> object:
-        count = torch.get_num_threads()
-        if count != _THREADS.count:
-            numba.set_num_threads(min(count, most))
-            _THREADS.count = count
-        if _HAS_OPENMP:
-            return compiled(*arguments)
-        with _ALONE:
-            return compiled(*arguments)
+    def call(*arguments: object) -> None:
+        _use_torch_threads()
+        with _TURN:
+            compiled(*arguments)
+        if _CALLER.calls is not None:
+            types = tuple(map(compiled.typeof_pyval, arguments))
+            _CALLER.calls.append((compiled.get_overload(types), arguments))
 
     return cast("FunctionT", call)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Record the kernels that this thread calls meanwhile."""
+    calls: list[Call] = []
+    _CALLER.calls = calls
+    try:
+        yield calls
+    finally:
+        _CALLER.calls = None
+
+
+def run(calls: Iterable[Call]) -> None:
+    """Make recorded calls again, with what is in their arrays now."""
+    _use_torch_threads()
+    with _TURN:
+        for code, arguments in calls:
+            code(*arguments)
+
+
+def _use_torch_threads() -> None:
+    count = torch.get_num_threads()
+    if count != _CALLER.threads:
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+        _CALLER.threads = count
 
 
 def part(function: FunctionT) -> FunctionT:

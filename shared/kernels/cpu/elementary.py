@@ -48,6 +48,20 @@ def _from_bits(typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def widened(typing: Any, x: Any) -> Any:
+    """An fp32 as it is, or a bf16 (as uint16) as fp32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if x == types.float32:
+            return arguments[0]
+        wide = ir.IntType(32)
+        bits = builder.shl(builder.zext(arguments[0], wide), ir.Constant(wide, 16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(x), generate
+
+
 @part
 def exp(x: np.float32) -> np.float32:
     """e^x."""

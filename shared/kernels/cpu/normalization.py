@@ -26,6 +26,16 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return normalised
 
 
+def add_rms_norm(
+    x: Tensor, addend: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Sum two `[T, D]`; gives the sum, and what `rms_norm` makes of it."""
+    total, normalised = torch.empty(x.shape), torch.empty(x.shape)
+    operands = x.numpy(), addend.numpy(), weight.numpy(), np.float32(epsilon)
+    _add_rms_norm(*operands, total.numpy(), normalised.numpy())
+    return total, normalised
+
+
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Scale by a gate: rms_norm(x) * sigmoid(gate), both `[T, H, D]`, fp32."""
     gated = torch.empty(x.shape)
@@ -36,10 +46,25 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> T
 @kernel
 def _rms_norm(x: Floats, weight: Floats, epsilon: np.float32, y: Floats) -> None:
     for row in numba.prange(x.shape[0]):
-        own = dense_row(x, row)
-        factor = inverse_root_mean_square(own, epsilon)
+        _normalize(dense_row(x, row), weight, epsilon, y[row])
+
+
+@kernel
+def _add_rms_norm(
+    x: Floats, addend: Floats, weight: Floats, epsilon: np.float32, total: Floats, y: Floats
+) -> None:
+    for row in numba.prange(x.shape[0]):
+        own, added, target = dense_row(x, row), dense_row(addend, row), total[row]
         for channel in range(x.shape[1]):
-            y[row, channel] = own[channel] * factor * weight[channel]
+            target[channel] = own[channel] + added[channel]
+        _normalize(target, weight, epsilon, y[row])
+
+
+@part
+def _normalize(x: Floats, weight: Floats, epsilon: np.float32, y: Floats) -> None:
+    factor = inverse_root_mean_square(x, epsilon)
+    for channel in range(x.shape[0]):
+        y[channel] = x[channel] * factor * weight[channel]
 
 
 @kernel

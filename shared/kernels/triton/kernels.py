@@ -36,6 +36,7 @@ def triton_kernels(dtype: WeightDType) -> Kernels:
         loaded_dtype=TORCH_DTYPES[dtype],
         activation_dtype=TORCH_DTYPES[dtype],
         state_dtype=dtype,
+        embedding=_Embedding,
         linear=_Linear,
         choose_experts=choose_experts,
         experts=GroupedExperts,
@@ -44,7 +45,18 @@ def triton_kernels(dtype: WeightDType) -> Kernels:
         store_latents=_store_latents,
         latent_attention=_latent_attention,
         rms_norm=rms_norm,
+        add_rms_norm=_add_rms_norm,
     )
+
+
+class _Embedding:
+    """A matrix with a row for each token."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return functional.embedding(tokens, self._weight)
 
 
 class _Linear:
@@ -112,6 +124,13 @@ def _latent_attention(
     means = mean_latents(queries, latents, batch.page_table, batch.lengths, rank, batch.longest)
     values = torch.bmm(means.to(q_nope.dtype).transpose(0, 1), key_value_up[:, nope:].mT)
     return values.transpose(0, 1)
+
+
+def _add_rms_norm(
+    x: Tensor, addend: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    total = x + addend
+    return total, rms_norm(total, weight, epsilon)
 
 
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
