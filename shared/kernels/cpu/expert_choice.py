@@ -57,7 +57,7 @@ def _choose(
     for n in numba.prange((x.shape[0] + TOKENS - 1) // TOKENS):
         first, stop = n * TOKENS, min(x.shape[0], (n + 1) * TOKENS)
         scores = np.empty((stop - first, router.shape[0]), np.float32)
-        multiply_columns(x[first:stop], router, bias, scores, 0, router.shape[0])
+        multiply_columns(x[first:stop], router, bias, scores, 0, router.shape[0], 0)
         biased = np.empty(router.shape[0], np.float32)
         for token in range(stop - first):
             own = scores[token]

@@ -75,33 +75,34 @@ def feed_forward(
 ) -> None:
     """Write what each token's experts make of it, summed by its shares, to y `[T, hidden]`."""
     starts, tokens, place = sort_choices(experts, down.shape[0])
-    width = down.shape[2]
+    used = np.flatnonzero(np.diff(starts))
+    width, outputs = down.shape[2], down.shape[1]
     rows = np.empty((tokens.shape[0], x.shape[1]), np.float32)
     raised = np.empty((tokens.shape[0], 2 * width), np.float32)
     hidden = np.empty((tokens.shape[0], width), np.float32)
     answers = np.empty(rows.shape, np.float32)
+    # One matrix above the other: while one is multiplied, the next is fetched.
+    raising, raising_scales = gate_and_up.reshape(-1, x.shape[1]), gate_and_up_scales.reshape(-1)
+    lowering, lowering_scales = down.reshape(-1, width), down_scales.reshape(-1)
     for choice in numba.prange(tokens.shape[0]):
         copy_row(x, tokens[choice], rows, choice)
     for n in numba.prange((width + hidden_block - 1) // hidden_block):
         first, stop = n * hidden_block, min(width, (n + 1) * hidden_block)
-        for e in range(down.shape[0]):
-            own, weights, scales = (
-                rows[starts[e] : starts[e + 1]],
-                gate_and_up[e],
-                gate_and_up_scales[e],
-            )
-            if own.shape[0]:
-                above = raised[starts[e] : starts[e + 1]]
-                for side in (0, width):  # gate, up
-                    multiply_columns(own, weights, scales, above, side + first, side + stop)
+        for m in range(used.shape[0]):
+            e, further = used[m], used[min(m + 1, used.shape[0] - 1)] - used[m]
+            own, above = rows[starts[e] : starts[e + 1]], raised[starts[e] : starts[e + 1]]
+            w, scales = raising[2 * width * e :], raising_scales[2 * width * e :]
+            multiply_columns(own, w, scales, above, first, stop, width + first)
+            up, following = width + first, 2 * width * further + first
+            multiply_columns(own, w, scales, above, up, width + stop, following)
         activate(raised, hidden, first, stop)
-    for n in numba.prange((x.shape[1] + output_block - 1) // output_block):
-        first, stop = n * output_block, min(x.shape[1], (n + 1) * output_block)
-        for e in range(down.shape[0]):
-            own = hidden[starts[e] : starts[e + 1]]
-            if own.shape[0]:
-                target = answers[starts[e] : starts[e + 1]]
-                multiply_columns(own, down[e], down_scales[e], target, first, stop)
+    for n in numba.prange((outputs + output_block - 1) // output_block):
+        first, stop = n * output_block, min(outputs, (n + 1) * output_block)
+        for m in range(used.shape[0]):
+            e, further = used[m], used[min(m + 1, used.shape[0] - 1)] - used[m]
+            own, answer = hidden[starts[e] : starts[e + 1]], answers[starts[e] : starts[e + 1]]
+            w, scales = lowering[outputs * e :], lowering_scales[outputs * e :]
+            multiply_columns(own, w, scales, answer, first, stop, outputs * further + first)
         add_up(answers, place, shares, y, first, stop)
 
 

@@ -211,4 +211,4 @@ def _multiply(x: Floats, w: Floats, y: Floats) -> None:
     for row in range(0, rows, ROWS):
         for column in range(0, columns, KEYS):
             _TILE(x, w, unscaled, y, row, min(column, columns - KEYS), False)
-    multiply_columns(x[rows:], w, unscaled, y[rows:], 0, columns)
+    multiply_columns(x[rows:], w, unscaled, y[rows:], 0, columns, 0)

@@ -17,7 +17,7 @@ from shared.kernels.batch import PAGE_TOKENS
 from shared.kernels.cpu.compiled import part
 from shared.kernels.cpu.elementary import exp
 from shared.kernels.cpu.mla_pieces import LAST_PAGE, PAGE, TOKENS
-from shared.kernels.cpu.tiles import dot_tile, outer_tile
+from shared.kernels.cpu.tiles import dot_tile, fetching_dot_tile, outer_tile
 from shared.kernels.cpu.vectors import LANES
 
 Floats = NDArray[np.float32]
@@ -27,7 +27,7 @@ ROWS, KEYS, COLUMNS = 4, 3, 2 * LANES
 """Of tiles: queries by keys, and queries by channels."""
 LINE: Final = 16
 """Numbers in a line of the cache."""
-_FIRST_TILE = dot_tile(ROWS, KEYS, ahead=2)
+_FIRST_TILE = fetching_dot_tile(ROWS, KEYS, level=1)
 _TILE = dot_tile(ROWS, KEYS)
 _SUM_TILE = outer_tile(ROWS, COLUMNS // LANES)
 
@@ -104,7 +104,10 @@ def _score_page(
     fetched = 0
     for key in range(0, keys, KEYS):
         first = min(key, PAGE_TOKENS - KEYS)
-        _FIRST_TILE(queries, block, unscaled, scores, 0, first, False)
+        following = first + 2 * KEYS
+        _FIRST_TILE(
+            queries, block, unscaled, scores, 0, first, False, following, following + KEYS
+        )
         fetched = _fetch(upcoming, fetched, lines)
         for row in range(ROWS, rows, ROWS):
             _TILE(queries, block, unscaled, scores, row, first, False)

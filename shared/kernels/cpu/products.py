@@ -12,14 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.kernels.cpu.compiled import kernel, part
-from shared.kernels.cpu.tiles import dot_tile
+from shared.kernels.cpu.tiles import dot_tile, fetching_dot_tile
 from shared.kernels.cpu.vectors import LANES
 
 Floats = NDArray[np.float32]
 Weights = NDArray[Any]
 
-ROWS, COLUMNS = 4, 3
-"""Of a tile: with their operands, what fits the registers."""
+ROWS: Final = 4
+COLUMNS: Final = 6 if LANES == 16 else 3
+"""Of a tile: with their operands, what fits the registers, of which AVX-512 has 32."""
+ROW_COLUMNS: Final = 6
+"""Of a tile where there are fewer rows: as many sums as additions that a processor has under way."""
 INPUTS: Final = 768
 """Of longer rows, so many elements are multiplied at a time: what stays in the first cache."""
 FEW_ROWS: Final = 64
@@ -27,8 +30,12 @@ FEW_ROWS: Final = 64
 BLOCK_BYTES: Final = 160 * 1024
 """Of a matrix, that stay in a core's cache while many rows of activations stream by."""
 
-_TILE = dot_tile(ROWS, COLUMNS, ahead=2)
-_ROW = dot_tile(1, 2 * COLUMNS, ahead=2)
+_STREAMED_TILE = fetching_dot_tile(ROWS, COLUMNS, level=2)
+_STREAMED_ROW = fetching_dot_tile(1, COLUMNS, level=2)
+_STREAMED_LONG_ROW = fetching_dot_tile(1, ROW_COLUMNS, level=2)
+_KEPT_TILE = fetching_dot_tile(ROWS, COLUMNS, level=1)
+_KEPT_ROW = dot_tile(1, COLUMNS)
+_COLUMN = dot_tile(ROWS, 1)
 _ELEMENT = dot_tile(1, 1)
 
 
@@ -52,60 +59,112 @@ def multiply(x: Floats, w: Weights, scales: Floats, y: Floats, block: int) -> No
     """
     outputs = w.shape[0]
     for n in numba.prange((outputs + block - 1) // block):
-        multiply_columns(x, w, scales, y, n * block, min(outputs, (n + 1) * block))
+        stop = min(outputs, (n + 1) * block)
+        multiply_columns(x, w, scales, y, n * block, stop, stop)
 
 
 @part
 def multiply_columns(
-    x: Floats, w: Weights, scales: Floats, y: Floats, first: int, stop: int
+    x: Floats, w: Weights, scales: Floats, y: Floats, first: int, stop: int, following: int
 ) -> None:
-    """Write the outputs [first, stop) of `multiply`."""
+    """Write the outputs [first, stop) of `multiply`.
+
+    Args:
+        x: `[T, inputs]`.
+        w: `[*, inputs]`.
+        scales: `[*]`.
+        y: `[T, *]`.
+        first: output.
+        stop: output.
+        following: row of w that will be multiplied after these; it may be one before the first.
+    """
     pieces = (x.shape[1] + INPUTS - 1) // INPUTS
     inputs = (x.shape[1] + pieces * LANES - 1) // (pieces * LANES) * LANES
+    whole = stop - (stop - first) % (COLUMNS if x.shape[0] >= ROWS else ROW_COLUMNS)
     for k in range(0, x.shape[1], inputs):
         x_piece, w_piece = x[:, k : k + inputs], w[:, k : k + inputs]
-        whole = multiply_tiles(x_piece, w_piece, scales, y, first, stop, k > 0)
-        multiply_edges(x_piece, w_piece, scales, y, first, stop, whole, k > 0)
-
-
-@part
-def multiply_tiles(
-    x: Floats, w: Weights, scales: Floats, y: Floats, first: int, stop: int, adds: bool
-) -> int:
-    """All whole tiles, in rows or in columns of tiles; gives the column behind them."""
-    rows, columns = x.shape[0] // ROWS, (stop - first) // COLUMNS
-    i, j = 0, first
-    whole = first + columns * COLUMNS
-    for _ in range(rows * columns):
-        _TILE(x, w, scales, y, i, j, adds)
-        if x.shape[0] <= FEW_ROWS:
-            i += ROWS
-            if i == rows * ROWS:
-                i, j = 0, j + COLUMNS
+        if x.shape[0] < ROWS:
+            _stream_to_rows(x_piece, w_piece, scales, y, first, whole, following, k > 0)
+        elif x.shape[0] <= FEW_ROWS:
+            _stream_to_tiles(x_piece, w_piece, scales, y, first, whole, following, k > 0)
         else:
-            j += COLUMNS
-            if j == whole:
-                i, j = i + ROWS, first
-    return whole
+            _keep_columns(x_piece, w_piece, scales, y, first, whole, k > 0)
+        _multiply_last_columns(x_piece, w_piece, scales, y, whole, stop, k > 0)
 
 
 @part
-def multiply_edges(
+def _stream_to_rows(
     x: Floats,
     w: Weights,
     scales: Floats,
     y: Floats,
     first: int,
     stop: int,
-    whole: int,
+    following: int,
     adds: bool,
 ) -> None:
-    """The rows below the whole tiles, and the columns beside them."""
-    rows, width = x.shape[0] // ROWS * ROWS, 2 * COLUMNS
-    wide = first + (stop - first) // width * width
-    for j in range(first, wide, width):
-        for i in range(rows, x.shape[0]):
-            _ROW(x, w, scales, y, i, j, adds)
-    for j in range(wide, stop):
-        for i in range(rows if j < whole else 0, x.shape[0]):
+    """As `_stream_to_tiles`, if there is no tile of rows."""
+    rows = x.shape[0]
+    for j in range(first, stop, ROW_COLUMNS):
+        following_row = j + ROW_COLUMNS if j + ROW_COLUMNS < stop else following
+        for n in range(rows):
+            from_row = following_row + ROW_COLUMNS * n // rows
+            to_row = following_row + ROW_COLUMNS * (n + 1) // rows
+            _STREAMED_LONG_ROW(x, w, scales, y, n, j, adds, from_row, to_row)
+
+
+@part
+def _stream_to_tiles(
+    x: Floats,
+    w: Weights,
+    scales: Floats,
+    y: Floats,
+    first: int,
+    stop: int,
+    following: int,
+    adds: bool,
+) -> None:
+    """Multiply all rows with a few columns before the next ones, which come from memory.
+
+    Each tile of rows fetches its part of the next columns: so memory is never waited for while
+    nothing is computed, nor idle while something is.
+    """
+    tiles = x.shape[0] // ROWS
+    steps = tiles + x.shape[0] % ROWS
+    for j in range(first, stop, COLUMNS):
+        following_row = j + COLUMNS if j + COLUMNS < stop else following
+        for n in range(steps):
+            from_row = following_row + COLUMNS * n // steps
+            to_row = following_row + COLUMNS * (n + 1) // steps
+            if n < tiles:
+                _STREAMED_TILE(x, w, scales, y, n * ROWS, j, adds, from_row, to_row)
+            else:
+                row = tiles * ROWS + n - tiles
+                _STREAMED_ROW(x, w, scales, y, row, j, adds, from_row, to_row)
+
+
+@part
+def _keep_columns(
+    x: Floats, w: Weights, scales: Floats, y: Floats, first: int, stop: int, adds: bool
+) -> None:
+    """Multiply a few rows with all columns, which stay in a core's cache, before the next ones."""
+    whole = x.shape[0] - x.shape[0] % ROWS
+    for i in range(0, whole, ROWS):
+        for j in range(first, stop, COLUMNS):
+            _KEPT_TILE(x, w, scales, y, i, j, adds, j + COLUMNS, j + 2 * COLUMNS)
+    for i in range(whole, x.shape[0]):
+        for j in range(first, stop, COLUMNS):
+            _KEPT_ROW(x, w, scales, y, i, j, adds)
+
+
+@part
+def _multiply_last_columns(
+    x: Floats, w: Weights, scales: Floats, y: Floats, first: int, stop: int, adds: bool
+) -> None:
+    """Multiply columns that are too few for a tile."""
+    whole = x.shape[0] - x.shape[0] % ROWS
+    for j in range(first, stop):
+        for i in range(0, whole, ROWS):
+            _COLUMN(x, w, scales, y, i, j, adds)
+        for i in range(whole, x.shape[0]):
             _ELEMENT(x, w, scales, y, i, j, adds)

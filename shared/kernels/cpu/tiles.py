@@ -26,69 +26,94 @@ from shared.kernels.cpu.vectors import (
     fma,
     loop,
     plus,
-    total_of,
+    totals_of,
 )
 
 Tile = Callable[..., None]
 
 
 @cache
-def dot_tile(rows: int, columns: int, *, ahead: int = 0) -> Tile:
+def dot_tile(rows: int, columns: int) -> Tile:
     """Make `tile(x, w, scales, y, i, j, adds)`, products of rows with rows.
 
         y[i : i + rows, j : j + columns] = x[i : i + rows] @ w[j : j + columns].T
 
     x `[*, K]` and y are fp32. w `[*, K]` is fp32, bf16 (as uint16) or int8; int8 sums are
     multiplied by `scales` `[*]`, fp32, one of each row of w, which is not looked at otherwise.
-    If `adds`, products are added to what is in y. With `ahead`, rows that many tiles further are
-    fetched into the cache meanwhile: for a w that comes from memory.
+    If `adds`, products are added to what is in y.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(typing: Any, x: Any, w: Any, scales: Any, y: Any, i: Any, j: Any, adds: Any) -> Any:
         signature = types.void(x, w, scales, y, types.intp, types.intp, types.boolean)
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            arrays = Arrays(context, builder, signature, arguments)
-            x, w, y = (arrays.rows(n) for n in (0, 1, 3))
-            i, j, adds = arguments[4:]
-            zero = ir.Constant(FLOAT, 0.0)
-            x_rows = [x.address(plus(builder, i, m)) for m in range(rows)]
-            w_rows = [w.address(plus(builder, j, n)) for n in range(columns)]
-            next_rows = [
-                w.address(plus(builder, j, ahead * columns + n))
-                for n in range(columns if ahead else 0)
-            ]
-
-            def step(k: Any, sums: Sequence[Any], mask: Any | None) -> list[Any]:
-                weights = [w.vector(row, k, mask) for row in w_rows]
-                if next_rows:
-                    w.fetch_line(next_rows, k)
-                found = iter(sums)
-                added = []
-                for row in x_rows:
-                    values = x.vector(row, k, mask)
-                    added += [fma(builder, values, weight, next(found)) for weight in weights]
-                return added
-
-            zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * (rows * columns)
-            sums = iter(accumulate(builder, x.length, zeros, step))
-            for m in range(rows):
-                target = y.address(plus(builder, i, m))
-                for n in range(columns):
-                    column = plus(builder, j, n)
-                    total = total_of(builder, next(sums))
-                    if w.is_int8:
-                        total = builder.fmul(total, arrays.element(2, column))
-                    element = y.element_address(target, column)
-                    before = builder.select(adds, builder.load(element), zero)
-                    builder.store(builder.fadd(before, total), element)
-            return context.get_dummy_value()
-
-        return signature, generate
+        return signature, _dot_products(rows, columns, fetch_level=None)
 
     made: Tile = tile
     return made
+
+
+@cache
+def fetching_dot_tile(rows: int, columns: int, *, level: int) -> Tile:
+    """Make `tile(x, w, scales, y, i, j, adds, first, stop)`, as `dot_tile`.
+
+    Meanwhile rows [first, stop) of w are fetched into a core's cache of this level.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        typing: Any,
+        x: Any,
+        w: Any,
+        scales: Any,
+        y: Any,
+        i: Any,
+        j: Any,
+        adds: Any,
+        first: Any,
+        stop: Any,
+    ) -> Any:
+        index = types.intp
+        signature = types.void(x, w, scales, y, index, index, types.boolean, index, index)
+        return signature, _dot_products(rows, columns, fetch_level=level)
+
+    made: Tile = tile
+    return made
+
+
+def _dot_products(rows: int, columns: int, *, fetch_level: int | None) -> Callable[..., Any]:
+    """What generates a tile of dot products."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        arrays = Arrays(context, builder, signature, arguments)
+        x, w, y = (arrays.rows(n) for n in (0, 1, 3))
+        i, j, adds = arguments[4:7]
+        x_rows = [x.address(plus(builder, i, m)) for m in range(rows)]
+        w_rows = [w.address(plus(builder, j, n)) for n in range(columns)]
+
+        def step(k: Any, sums: Sequence[Any], mask: Any | None) -> list[Any]:
+            weights = [w.vector(row, k, mask) for row in w_rows]
+            if fetch_level:
+                w.fetch_lines(*arguments[7:], k, fetch_level)
+            found = iter(sums)
+            added = []
+            for row in x_rows:
+                values = x.vector(row, k, mask)
+                added += [fma(builder, values, weight, next(found)) for weight in weights]
+            return added
+
+        zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * (rows * columns)
+        sums = accumulate(builder, x.length, zeros, step)
+        nothing = ir.Constant(ir.VectorType(FLOAT, columns), [0.0] * columns)
+        for m in range(rows):
+            totals = totals_of(builder, sums[m * columns : (m + 1) * columns])
+            if w.is_int8:
+                totals = builder.fmul(totals, arrays.elements(2, j, columns))
+            target = y.address(plus(builder, i, m))
+            before = builder.select(adds, y.elements(target, j, columns), nothing)
+            y.store_vector(target, j, builder.fadd(before, totals))
+        return context.get_dummy_value()
+
+    return generate
 
 
 @cache

@@ -66,18 +66,28 @@ class Rows:
             loaded = _masked_load(self.builder, address, packed, self.element_bytes, mask)
         return self._as_float(loaded)
 
-    def fetch_line(self, rows: Sequence[Any], column: Any) -> None:
-        """Fetch where a line of the cache begins: not once more for each vector of it."""
+    def fetch_lines(self, first: Any, stop: Any, column: Any, level: int) -> None:
+        """Fetch the lines of rows [first, stop) that begin at this column, if lines do there."""
+        builder = self.builder
         in_line = ir.Constant(INDEX, LINE_BYTES // self.element_bytes - 1)
-        begins = self.builder.icmp_signed(
-            "==", self.builder.and_(column, in_line), ir.Constant(INDEX, 0)
-        )
-        with self.builder.if_then(begins):
-            for row in rows:
-                fetch(self.builder, self.builder.gep(row, [self._offset(column)]))
+        begins = builder.icmp_signed("==", builder.and_(column, in_line), ir.Constant(INDEX, 0))
+
+        def step(row: Any, _: Any) -> list[Any]:
+            address = self.address(builder.add(first, row))
+            fetch(builder, builder.gep(address, [self._offset(column)]), level=level)
+            return []
+
+        with builder.if_then(begins):
+            loop(builder, builder.sub(stop, first), 1, [], step)
+
+    def elements(self, row: Any, column: Any, count: int) -> Any:
+        """So many elements of a row of fp32."""
+        address = self.builder.gep(row, [self._offset(column)])
+        kind = ir.VectorType(FLOAT, count)
+        return self.builder.load(self.builder.bitcast(address, kind.as_pointer()), align=4)
 
     def store_vector(self, row: Any, column: Any, value: Any) -> None:
-        """Write LANES elements, in the width that the row has."""
+        """Write neighbouring elements, in the width that the row has."""
         address = self.builder.gep(row, [self._offset(column)])
         address = self.builder.bitcast(address, value.type.as_pointer())
         self.builder.store(value, address, align=self.element_bytes)
@@ -150,6 +160,12 @@ class Arrays:
     def element(self, n: int, index: Any) -> Any:
         """An element of argument n, a vector without gaps."""
         return self._builder.load(self._builder.gep(self._array(n).data, [index]))
+
+    def elements(self, n: int, index: Any, count: int) -> Any:
+        """Neighbouring elements of argument n, a vector of fp32 without gaps."""
+        address = self._builder.gep(self._array(n).data, [index])
+        kind = ir.VectorType(FLOAT, count)
+        return self._builder.load(self._builder.bitcast(address, kind.as_pointer()), align=4)
 
     def _array(self, n: int) -> Any:
         make = self._context.make_array(self._types[n])
@@ -250,11 +266,29 @@ def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
     return builder.call(llvm_function(builder, f"llvm.fma.v{LANES}f32", shape), [x, y, z])
 
 
-def total_of(builder: Any, vector: Any) -> Any:
-    """The sum of all lanes."""
-    shape = ir.FunctionType(FLOAT, [FLOAT, VECTOR])
-    reduce = llvm_function(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", shape)
-    return builder.call(reduce, [ir.Constant(FLOAT, 0.0), vector], fastmath=("reassoc",))
+def totals_of(builder: Any, vectors: Sequence[Any]) -> Any:
+    """The sum of all lanes of each of at most LANES vectors, as a vector of that many.
+
+    Whatever is summed beside it, lane l is added to lane l + LANES / 2, that to the one LANES / 4
+    further, and so on: two vectors that go through this together take as long as one.
+    """
+    count, width = len(vectors), LANES
+    nothing = ir.Constant(VECTOR, ir.Undefined)
+    while width > 1:
+        pairs = zip(vectors[::2], [*vectors[1::2], nothing], strict=False)
+        vectors = [_halved(builder, one, other, width) for one, other in pairs]
+        width //= 2
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(count)))
+    return builder.shuffle_vector(vectors[0], nothing, lanes)
+
+
+def _halved(builder: Any, one: Any, other: Any, width: int) -> Any:
+    """Add the halves of each `width` neighbouring lanes; the second vector's follow the first's."""
+    starts = range(0, 2 * LANES, width)
+    low = [start + lane for start in starts for lane in range(width // 2)]
+    kind = ir.VectorType(ir.IntType(32), LANES)
+    halves = [ir.Constant(kind, [lane + half for lane in low]) for half in (0, width // 2)]
+    return builder.fadd(*(builder.shuffle_vector(one, other, lanes) for lanes in halves))
 
 
 def _masked_load(builder: Any, address: Any, packed: Any, size: int, mask: Any) -> Any:
