@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from shared.kernels.batch import PAGE_TOKENS
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import exp
-from shared.kernels.cpu.mla_pages import COLUMNS, KEYS, ROWS, add_columns, attend_piece
+from shared.kernels.cpu.mla_pages import COLUMNS, KEYS, ROWS, add_columns, attend_piece, keys_of
 from shared.kernels.cpu.mla_pieces import (
+    PAGE,
     REQUEST,
     TOKEN,
     TOKENS,
@@ -93,12 +94,16 @@ def attend_to_latents(
         scores = np.empty((height, PAGE_TOKENS), np.float32)
         for n in range(pieces.shape[0]):
             if threads_of[n] == thread:
+                follows = n + 1 < pieces.shape[0] and threads_of[n + 1] == thread
+                following = pieces[n + 1 if follows else n]
                 attend_piece(
                     queries[pieces[n, TOKEN] * heads :],
                     pieces[n, TOKENS] * heads,
                     latents,
                     page_table[pieces[n, REQUEST]],
                     pieces[n],
+                    page_table[following[REQUEST], following[PAGE]],
+                    keys_of(following[PAGE], lengths[following[REQUEST]]) if follows else 0,
                     lengths[pieces[n, REQUEST]],
                     position(pieces[n], rows, bounds, lengths),
                     scores,

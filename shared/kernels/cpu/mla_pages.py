@@ -4,31 +4,23 @@ A page is read from memory while the one before is computed with, and its latent
 values of all queries.
 """
 
-from typing import Any, Final
-
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from shared.kernels.batch import PAGE_TOKENS
 from shared.kernels.cpu.compiled import part
 from shared.kernels.cpu.elementary import exp
 from shared.kernels.cpu.mla_pieces import LAST_PAGE, PAGE, TOKENS
-from shared.kernels.cpu.tiles import dot_tile, fetching_dot_tile, outer_tile
+from shared.kernels.cpu.tiles import fetching_dot_tile, outer_tile
 from shared.kernels.cpu.vectors import LANES
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int32] | NDArray[np.int64]
 
-ROWS, KEYS, COLUMNS = 4, 3, 2 * LANES
-"""Of tiles: queries by keys, and queries by channels."""
-LINE: Final = 16
-"""Numbers in a line of the cache."""
-_FIRST_TILE = fetching_dot_tile(ROWS, KEYS, level=1)
-_TILE = dot_tile(ROWS, KEYS)
+ROWS = 4
+KEYS, COLUMNS = (6, 4 * LANES) if LANES == 16 else (3, 2 * LANES)
+"""Of tiles, queries by keys and queries by channels: what fits the registers."""
+_TILE = fetching_dot_tile(ROWS, KEYS, level=2)
 _SUM_TILE = outer_tile(ROWS, COLUMNS // LANES)
 
 
@@ -39,6 +31,8 @@ def attend_piece(
     latents: Floats,
     pages: Indices,
     piece: Indices,
+    following: int,
+    following_keys: int,
     length: int,
     position: int,
     scores: Floats,
@@ -54,6 +48,8 @@ def attend_piece(
         latents: the pool.
         pages: of the request.
         piece: a row of the table.
+        following: page of the pool that is read after these.
+        following_keys: latents that are read of it.
         length: of the request.
         position: of the first query's token in the request.
         scores: `[rows or more, PAGE_TOKENS]`, scratch.
@@ -67,26 +63,22 @@ def attend_piece(
     maximum[:] = -np.inf
     for page in range(piece[PAGE], piece[LAST_PAGE] + 1):
         start = page * PAGE_TOKENS
-        keys = min(PAGE_TOKENS, length - start)
-        block = _page(latents, pages[page])
-        upcoming = _page(latents, pages[min(page + 1, piece[LAST_PAGE])])
-        lines = _lines_a_tile(rows, mean.shape[1], upcoming) if page < piece[LAST_PAGE] else 0
-        _score_page(queries, block, rows, keys, scores, upcoming, lines)
+        keys = keys_of(page, length)
+        block = latents[pages[page] * PAGE_TOKENS :]
+        next_page, next_keys = following, following_keys
+        if page < piece[LAST_PAGE]:
+            next_page, next_keys = pages[page + 1], keys_of(page + 1, length)
+        upcoming = (next_page - pages[page]) * PAGE_TOKENS
+        _score_page(queries, block, rows, keys, scores, upcoming, next_keys)
         _hide_later(scores, rows, keys, position + 1 - start, heads)
         _weigh(scores, rows, maximum, total, mean)
-        _add_page(scores[:, :keys], block, rows, mean, upcoming, lines)
+        _add_page(scores[:, :keys], block, rows, mean)
 
 
 @part
-def _page(latents: Floats, page: int) -> Floats:
-    return latents[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]
-
-
-@part
-def _lines_a_tile(rows: int, rank: int, upcoming: Floats) -> int:
-    """Lines of the next page to fetch with each tile, so that none waits for memory."""
-    tiles = -(-rows // ROWS) * (-(-PAGE_TOKENS // KEYS) + rank // COLUMNS)
-    return -(-upcoming.size // (tiles * LINE))
+def keys_of(page: int, length: int) -> int:
+    """Latents on a page, of a request that has so many; pages count from its first."""
+    return min(PAGE_TOKENS, length - page * PAGE_TOKENS)
 
 
 @part
@@ -96,36 +88,33 @@ def _score_page(
     rows: int,
     keys: int,
     scores: Floats,
-    upcoming: Floats,
-    lines: int,
+    upcoming: int,
+    upcoming_keys: int,
 ) -> None:
-    """Write the products of all queries with the latents of a page; there are always enough."""
+    """Write the products of all queries with the latents of a page; there are always enough.
+
+    The latents from row `upcoming` on, counted from this page's, are fetched meanwhile.
+    """
     unscaled = np.empty(0, np.float32)
-    fetched = 0
+    tiles = -(-keys // KEYS) * -(-rows // ROWS)
+    n = 0
     for key in range(0, keys, KEYS):
         first = min(key, PAGE_TOKENS - KEYS)
-        following = first + 2 * KEYS
-        _FIRST_TILE(
-            queries, block, unscaled, scores, 0, first, False, following, following + KEYS
-        )
-        fetched = _fetch(upcoming, fetched, lines)
-        for row in range(ROWS, rows, ROWS):
-            _TILE(queries, block, unscaled, scores, row, first, False)
-            fetched = _fetch(upcoming, fetched, lines)
+        for row in range(0, rows, ROWS):
+            from_row = upcoming + upcoming_keys * n // tiles
+            n += 1
+            to_row = upcoming + upcoming_keys * n // tiles
+            _TILE(queries, block, unscaled, scores, row, first, False, from_row, to_row)
 
 
 @part
-def _add_page(
-    weights: Floats, block: Floats, rows: int, mean: Floats, upcoming: Floats, lines: int
-) -> None:
+def _add_page(weights: Floats, block: Floats, rows: int, mean: Floats) -> None:
     """Add the weighted latents of a page."""
     rank = mean.shape[1]
     wide = rank // COLUMNS * COLUMNS
-    fetched = lines * -(-rows // ROWS) * -(-PAGE_TOKENS // KEYS)
     for column in range(0, wide, COLUMNS):
         for row in range(0, rows, ROWS):
             _SUM_TILE(weights, block, mean, row, column)
-            fetched = _fetch(upcoming, fetched, lines)
     add_columns(weights, block, mean, rows, wide, rank)
 
 
@@ -187,30 +176,3 @@ def _highest(row: Floats, folded: Floats) -> np.float32:
     for n in range(half):
         highest = max(highest, folded[n])
     return highest
-
-
-@part
-def _fetch(matrix: Floats, first: int, count: int) -> int:
-    """Ask for lines of a matrix without gaps, or for what is behind it; gives the next one."""
-    for line in range(first, first + count):
-        _fetch_element(matrix, line * LINE)
-    return first + count
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _fetch_element(typing: Any, matrix: Any, index: Any) -> Any:
-    """Ask for an element, and its line, to be in the cache soon."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source = context.make_array(signature.args[0])(context, builder, arguments[0])
-        address = builder.bitcast(
-            builder.gep(source.data, [arguments[1]]), ir.IntType(8).as_pointer()
-        )
-        count = ir.IntType(32)
-        shape = ir.FunctionType(ir.VoidType(), [address.type, count, count, count])
-        prefetch = cgutils.get_or_insert_function(builder.module, shape, "llvm.prefetch.p0")
-        for_reading, soon, data = (ir.Constant(count, n) for n in (0, 3, 1))
-        builder.call(prefetch, [address, for_reading, soon, data])
-        return context.get_dummy_value()
-
-    return types.void(matrix, types.intp), generate

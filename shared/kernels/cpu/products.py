@@ -22,7 +22,7 @@ ROWS: Final = 4
 COLUMNS: Final = 6 if LANES == 16 else 3
 """Of a tile: with their operands, what fits the registers, of which AVX-512 has 32."""
 ROW_COLUMNS: Final = 6
-"""Of a tile where there are fewer rows: as many sums as additions that a processor has under way."""
+"""Of a tile where there are fewer rows: as many sums as a processor adds to at the same time."""
 INPUTS: Final = 768
 """Of longer rows, so many elements are multiplied at a time: what stays in the first cache."""
 FEW_ROWS: Final = 64
