@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks.measured_engine import MeasuredEngine
 from benchmarks.measurement import Workload
-from shared.kernels.cpu.compiled import Call, run
+from shared.kernels.cpu.compiled import run
+from shared.kernels.cpu.recording import Call
 from shared.kernels.dispatch import kernels_for
 from shared.kernels.dtypes import WeightDType, WeightDTypeChoice
 from shared.kernels.interface import Kernels

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shared.kernels.cpu.captured_step import CapturedStep
 from shared.kernels.cpu.normalization import add_rms_norm, rms_norm
+from shared.kernels.cpu.recording import recorded
 
 
 def test_kernels_are_run_again_and_python_is_not() -> None:
@@ -58,3 +59,39 @@ def test_what_another_thread_computes_meanwhile_is_not_captured() -> None:
     captured()
     captured()
     assert other.tolist() == [[2.0] * 4]
+
+
+def test_results_that_nothing_needs_any_more_give_their_memory_to_later_ones() -> None:
+    x, weight = torch.ones(2, 40), torch.ones(40)
+
+    def step() -> Tensor:
+        total = x
+        for _ in range(50):
+            normalised = rms_norm(total, weight, 0.0)
+            total, _ = add_rms_norm(total, normalised, weight, 0.0)
+        return total
+
+    with recorded() as recording:
+        expected = step()
+    captured = CapturedStep(step)
+    assert torch.equal(captured(), expected)
+    x.fill_(7)
+    assert torch.equal(captured(), step()), "each run begins from what is there then"
+    assert len(recording.calls) == 100
+    assert recording.nbytes <= 6 * x.nbytes, "of one round and the one before"
+
+
+def test_a_result_that_is_still_needed_keeps_its_memory() -> None:
+    x, weight = torch.rand(3, 8), torch.ones(8)
+
+    def step() -> Tensor:
+        normalised = [rms_norm(x, weight, epsilon) for epsilon in (0.0, 1.0, 9.0)]
+        halves = [one[:, :4] for one in normalised]  # views keep the whole
+        del normalised
+        total, _ = add_rms_norm(halves[0], halves[1], weight[:4], 0.0)
+        return add_rms_norm(total, halves[2], weight[:4], 0.0)[0]
+
+    captured = CapturedStep(step)
+    captured()
+    x.copy_(torch.rand(3, 8))
+    assert torch.equal(captured(), step())

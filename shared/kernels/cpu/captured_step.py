@@ -7,7 +7,8 @@ step at batch 1 that was a third. GPUs have graphs for the same reason.
 
 from torch import Tensor
 
-from shared.kernels.cpu.compiled import Call, recorded, run
+from shared.kernels.cpu.compiled import run
+from shared.kernels.cpu.recording import Recording, recorded
 from shared.kernels.interface import Step
 
 
@@ -20,15 +21,15 @@ class CapturedStep:
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        self._captured: tuple[list[Call], Tensor] | None = None
+        self._captured: tuple[Recording, Tensor] | None = None
 
     def __call__(self) -> Tensor:
         """Run the step."""
         if self._captured is None:
-            with recorded() as calls:
+            with recorded() as recording:
                 result = self._step()
-            self._captured = calls, result
+            self._captured = recording, result
         else:
-            calls, result = self._captured
-            run(calls)
+            recording, result = self._captured
+            run(recording.calls)
         return result

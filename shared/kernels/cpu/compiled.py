@@ -11,21 +11,19 @@ import importlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any, Final, TypeAlias, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import numba
 import torch
 
 from shared.cache_directory import user_cache_directory
+from shared.kernels.cpu.recording import Call, current_recording
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
-
-Call: TypeAlias = tuple[Callable[..., object], tuple[object, ...]]
-"""Machine code for arguments of just these types, and the arguments."""
 
 
 def _has_openmp() -> bool:
@@ -99,12 +97,9 @@ _OPTIONS: Final[dict[str, Any]] = {
 
 
 class _Caller(threading.local):
-    """What there is to know of a thread that calls kernels."""
+    """How many threads the kernels that a thread calls run in; 0 before the first."""
 
     threads: int = 0
-    """That its kernels run in; 0 before the first."""
-    calls: list[Call] | None = None
-    """Those that it made, while they are recorded."""
 
 
 _CALLER: Final = _Caller()
@@ -122,22 +117,12 @@ def kernel(function: FunctionT) -> FunctionT:
         _use_torch_threads()
         with _TURN:
             compiled(*arguments)
-        if _CALLER.calls is not None:
-            types = tuple(map(compiled.typeof_pyval, arguments))
-            _CALLER.calls.append((compiled.get_overload(types), arguments))
+        if recording := current_recording():
+            kept = recording.without_owners(arguments)
+            types = tuple(map(compiled.typeof_pyval, kept))
+            recording.calls.append((compiled.get_overload(types), kept))
 
     return cast("FunctionT", call)
-
-
-@contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Record the kernels that this thread calls meanwhile."""
-    calls: list[Call] = []
-    _CALLER.calls = calls
-    try:
-        yield calls
-    finally:
-        _CALLER.calls = None
 
 
 def run(calls: Iterable[Call]) -> None:

@@ -2,13 +2,13 @@
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.kernels.batch import Batch
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import silu
+from shared.kernels.cpu.recording import empty
 from shared.kernels.cpu.rows import dense_row
 
 Floats = NDArray[np.float32]
@@ -34,7 +34,7 @@ def convolved_heads(
     Returns:
         `[T, 3, H, K]`.
     """
-    convolved = torch.empty(x.shape[0], 3, heads, x.shape[1] // (3 * heads))
+    convolved = empty(x.shape[0], 3, heads, x.shape[1] // (3 * heads))
     _convolve(
         x.numpy(),
         weight.numpy(),

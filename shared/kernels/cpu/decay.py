@@ -2,12 +2,12 @@
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import sigmoid, softplus
+from shared.kernels.cpu.recording import empty
 from shared.kernels.cpu.rows import dense_row
 
 Floats = NDArray[np.float32]
@@ -18,8 +18,8 @@ def decays_and_steps(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.decays_and_steps`."""
     tokens, heads = steps.shape
-    decays = torch.empty(tokens, heads, raised.shape[1] // heads)
-    beta = torch.empty(tokens, heads)
+    decays = empty(tokens, heads, raised.shape[1] // heads)
+    beta = empty(tokens, heads)
     operands = (raised.numpy(), steps.numpy(), bias.numpy(), rate.numpy())
     _decays_and_steps(*operands, decays.numpy(), beta.numpy())
     return decays, beta

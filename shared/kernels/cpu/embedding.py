@@ -4,13 +4,13 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.kernels.cpu.compiled import kernel
 from shared.kernels.cpu.elementary import widened
 from shared.kernels.cpu.matrix import Matrix
+from shared.kernels.cpu.recording import empty
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -24,7 +24,7 @@ class Rows:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """See `Embedding`."""
-        embedded = torch.empty(tokens.shape[0], self._values.shape[1])
+        embedded = empty(tokens.shape[0], self._values.shape[1])
         _copy_rows(self._values, tokens.numpy(), embedded.numpy())
         return embedded
 

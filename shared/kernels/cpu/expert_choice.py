@@ -11,6 +11,7 @@ from torch import Tensor
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import sigmoid
 from shared.kernels.cpu.products import Floats, multiply_columns
+from shared.kernels.cpu.recording import empty
 from shared.kernels.expert_choice import ExpertChoice
 
 Indices = NDArray[np.int64]
@@ -23,8 +24,8 @@ def choose_experts(
     x: Tensor, router: Tensor, choice_bias: Tensor, choice: ExpertChoice
 ) -> tuple[Tensor, Tensor]:
     """See `shared.kernels.expert_choice.choose_experts`; of equal scores the first is chosen."""
-    experts = torch.empty(x.shape[0], choice.experts + choice.shared, dtype=torch.int64)
-    shares = torch.empty(experts.shape)
+    experts = empty(x.shape[0], choice.experts + choice.shared, dtype=torch.int64)
+    shares = empty(*experts.shape)
     _choose(
         x.numpy(),
         router.numpy(),

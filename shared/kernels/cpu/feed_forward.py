@@ -14,6 +14,7 @@ from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import silu
 from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.cpu.products import Floats, Weights, column_block, multiply_columns
+from shared.kernels.cpu.recording import empty
 from shared.kernels.linear import Experts
 
 Indices = NDArray[np.int64]
@@ -32,7 +33,7 @@ class TiledExperts:
 
     def __call__(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """See `Experts`."""
-        output = torch.empty(x.shape)
+        output = empty(*x.shape)
         feed_forward(
             x.numpy(),
             experts.numpy(),

@@ -6,7 +6,6 @@ The recurrent state and everything that touches it is fp32, whatever the dtype o
 from typing import Final
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from shared.kernels.batch import Batch
@@ -15,6 +14,7 @@ from shared.kernels.cpu.decay import decays_and_steps
 from shared.kernels.cpu.kda_decode import attend_step
 from shared.kernels.cpu.kda_prefill import attend_chunks
 from shared.kernels.cpu.normalization import gated_rms_norm
+from shared.kernels.cpu.recording import empty
 from shared.kernels.kda_layer import L2_EPSILON, KdaConstants, KdaInputs, KdaOperations, KdaStates
 
 
@@ -22,7 +22,7 @@ def kda(inputs: KdaInputs, constants: KdaConstants, states: KdaStates, batch: Ba
     """See `Kernels.kda`; activations are fp32."""
     if not batch.is_decode:
         return OPERATIONS(inputs, constants, states, batch)
-    output = torch.empty(inputs.gate.shape)
+    output = empty(*inputs.gate.shape)
     attend_step(
         inputs.heads.numpy(),
         inputs.decays.numpy(),
@@ -62,7 +62,7 @@ def delta_rule(
     Returns:
         `[T, H, V]`, fp32: what `reference.kda_recurrence` gives for each request by itself.
     """
-    output = torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
+    output = empty(*v.shape)
     queries, keys, values, log_decays, steps = (x.float().numpy() for x in (q, k, v, g, beta))
     operands = (queries, keys, values, log_decays, steps, states.numpy())
     parts = np.array([(part.placement.slot, part.start, part.stop) for part in batch.parts])

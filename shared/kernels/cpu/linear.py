@@ -5,6 +5,7 @@ from torch import Tensor
 
 from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.cpu.products import column_block, multiply
+from shared.kernels.cpu.recording import empty
 
 
 class TiledLinear:
@@ -17,6 +18,6 @@ class TiledLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, inputs]` to `[T, outputs]`."""
         weight = self._weight
-        product = torch.empty(x.shape[0], weight.outputs)
+        product = empty(x.shape[0], weight.outputs)
         multiply(x.numpy(), weight.values, weight.scales, product.numpy(), self._block)
         return product

@@ -14,6 +14,7 @@ from torch import Tensor
 from shared.kernels.batch import Batch, Part
 from shared.kernels.cpu.mla_decode import attend_to_latents
 from shared.kernels.cpu.mla_prefill import attend_to_keys
+from shared.kernels.cpu.recording import empty
 
 Floats = NDArray[np.float32]
 
@@ -53,7 +54,7 @@ def latent_attention(
     """
     nopes, ropes, pool, up = map(_floats, (q_nope, q_rope, latents, key_value_up))
     tokens, heads, nope = nopes.shape
-    output = np.empty((tokens, heads, up.shape[1] - nope), np.float32)
+    output = empty(tokens, heads, up.shape[1] - nope).numpy()
     factor, threads = np.float32(scale), torch.get_num_threads()
     pages = batch.page_table.numpy()
     absorbed, expanded = _by_form(batch, up)

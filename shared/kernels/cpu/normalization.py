@@ -2,12 +2,12 @@
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import sigmoid
+from shared.kernels.cpu.recording import empty
 from shared.kernels.cpu.rows import dense_row
 
 Floats = NDArray[np.float32]
@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         weight: `[D]`, fp32.
         epsilon: added to the mean square.
     """
-    normalised = torch.empty(x.shape)
+    normalised = empty(*x.shape)
     _rms_norm(x.numpy(), weight.numpy(), np.float32(epsilon), normalised.numpy())
     return normalised
 
@@ -30,7 +30,7 @@ def add_rms_norm(
     x: Tensor, addend: Tensor, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """Sum two `[T, D]`; gives the sum, and what `rms_norm` makes of it."""
-    total, normalised = torch.empty(x.shape), torch.empty(x.shape)
+    total, normalised = empty(*x.shape), empty(*x.shape)
     operands = x.numpy(), addend.numpy(), weight.numpy(), np.float32(epsilon)
     _add_rms_norm(*operands, total.numpy(), normalised.numpy())
     return total, normalised
@@ -38,7 +38,7 @@ def add_rms_norm(
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Scale by a gate: rms_norm(x) * sigmoid(gate), both `[T, H, D]`, fp32."""
-    gated = torch.empty(x.shape)
+    gated = empty(*x.shape)
     _gated_rms_norm(x.numpy(), gate.numpy(), weight.numpy(), np.float32(epsilon), gated.numpy())
     return gated
 

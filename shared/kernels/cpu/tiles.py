@@ -93,7 +93,7 @@ def _dot_products(rows: int, columns: int, *, fetch_level: int | None) -> Callab
         def step(k: Any, sums: Sequence[Any], mask: Any | None) -> list[Any]:
             weights = [w.vector(row, k, mask) for row in w_rows]
             if fetch_level:
-                w.fetch_lines(*arguments[7:], k, fetch_level)
+                w.fetch_lines(arguments[7], arguments[8], k, fetch_level)
             found = iter(sums)
             added = []
             for row in x_rows:

@@ -32,6 +32,7 @@ from shared.kernels.cpu.matrix_units.tiles import (
     pair_tile,
 )
 from shared.kernels.cpu.products import column_block
+from shared.kernels.cpu.recording import empty
 
 
 class MatrixUnitExperts:
@@ -47,7 +48,7 @@ class MatrixUnitExperts:
 
     def __call__(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """See `Experts`."""
-        output = torch.empty(x.shape)
+        output = empty(*x.shape)
         operands = x.numpy(), experts.numpy(), shares.numpy()
         matrices = self._gate_and_up.values, self._down.values
         feed_forward(*operands, *matrices, output.numpy(), self._hidden_block, self._output_block)

@@ -7,6 +7,7 @@ from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.cpu.matrix_units.products import multiply
 from shared.kernels.cpu.matrix_units.tiles import INPUTS, OUTPUTS, TILE
 from shared.kernels.cpu.products import column_block
+from shared.kernels.cpu.recording import empty
 from shared.kernels.cpu.vectors import LANES
 
 
@@ -30,6 +31,6 @@ class MatrixUnitLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, inputs]` to `[T, outputs]`."""
-        product = torch.empty(x.shape[0], self._weight.shape[0])
+        product = empty(x.shape[0], self._weight.shape[0])
         multiply(x.numpy(), self._weight, product.numpy(), self._block)
         return product
