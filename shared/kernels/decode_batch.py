@@ -28,14 +28,12 @@ class DecodeBatch(Batch):
             Part(row, row + 1, before, placement)
             for row, (before, placement) in enumerate(zip(seen, where, strict=True))
         )
-        for row, placement in enumerate(where):
-            if placement is not self._where[row]:  # a request stays where it is
-                self._place(row, placement)
+        moved = [row for row, placement in enumerate(where) if placement is not self._where[row]]
+        if moved:  # a request stays where it is for as long as it lives
+            self._where[:] = where
+            self.slots.copy_(torch.tensor([placement.slot for placement in where]))
+            width = self.page_table.shape[1]
+            pages = [where[row].pages + (0,) * (width - len(where[row].pages)) for row in moved]
+            self.page_table[moved] = torch.tensor(pages, dtype=torch.int32).to(self._device)
         self.lengths.copy_(torch.tensor([part.length for part in self.parts]))
         self.latent_rows.copy_(torch.tensor([part.first_row for part in self.parts]))
-
-    def _place(self, row: int, placement: Placement) -> None:
-        self._where[row] = placement
-        self.slots[row] = placement.slot
-        pages = torch.tensor(placement.pages, dtype=torch.int32)
-        self.page_table[row, : len(pages)] = pages

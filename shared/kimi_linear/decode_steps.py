@@ -12,7 +12,7 @@ from shared.kernels.decode_batch import DecodeBatch
 from shared.kimi_linear.model import KimiLinear
 from shared.kimi_linear.state_pool import StatePool
 
-KEPT_STEPS: Final = 8
+KEPT_STEPS: Final = 32
 """Sizes of batches whose steps are kept, with all that they compute on: the last ones used."""
 
 

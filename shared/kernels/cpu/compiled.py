@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 import numba
+import numpy as np
 import torch
 
 from shared.cache_directory import user_cache_directory
@@ -111,6 +112,13 @@ def kernel(function: FunctionT) -> FunctionT:
     It gives nothing back: its results are in the arrays that it is given.
     """
     compiled = _kept_where_possible(numba.njit(parallel=True, **_OPTIONS)(function))
+    codes: dict[tuple[object, ...], Callable[..., object]] = {}
+
+    def code_for(arguments: tuple[object, ...]) -> Callable[..., object]:
+        kinds = tuple(map(_kind, arguments))  # numba's types take ten times as long to find
+        if kinds not in codes:
+            codes[kinds] = compiled.get_overload(tuple(map(compiled.typeof_pyval, arguments)))
+        return codes[kinds]
 
     @wraps(function)
     def call(*arguments: object) -> None:
@@ -118,11 +126,16 @@ def kernel(function: FunctionT) -> FunctionT:
         with _TURN:
             compiled(*arguments)
         if recording := current_recording():
-            kept = recording.without_owners(arguments)
-            types = tuple(map(compiled.typeof_pyval, kept))
-            recording.calls.append((compiled.get_overload(types), kept))
+            recording.add(code_for(arguments), arguments)
 
     return cast("FunctionT", call)
+
+
+def _kind(argument: object) -> object:
+    """What decides on an argument's type in machine code."""
+    if isinstance(argument, np.ndarray):
+        return argument.dtype, argument.ndim, argument.flags.num
+    return type(argument)
 
 
 def run(calls: Iterable[Call]) -> None:

@@ -4,14 +4,13 @@ from typing import Final
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import sigmoid
 from shared.kernels.cpu.products import Floats, multiply_columns
-from shared.kernels.cpu.recording import empty
+from shared.kernels.cpu.recording import empty, empty_indices
 from shared.kernels.expert_choice import ExpertChoice
 
 Indices = NDArray[np.int64]
@@ -24,7 +23,7 @@ def choose_experts(
     x: Tensor, router: Tensor, choice_bias: Tensor, choice: ExpertChoice
 ) -> tuple[Tensor, Tensor]:
     """See `shared.kernels.expert_choice.choose_experts`; of equal scores the first is chosen."""
-    experts = empty(x.shape[0], choice.experts + choice.shared, dtype=torch.int64)
+    experts = empty_indices(x.shape[0], choice.experts + choice.shared)
     shares = empty(*experts.shape)
     _choose(
         x.numpy(),

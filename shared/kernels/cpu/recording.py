@@ -7,6 +7,7 @@ what those of one do, and stay in the processor's caches.
 """
 
 import threading
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,47 +25,58 @@ Call: TypeAlias = tuple[Callable[..., object], tuple[object, ...]]
 
 Block: TypeAlias = NDArray[np.uint8]
 
+_FLOAT: Final = np.dtype(np.float32)
+_INDEX: Final = np.dtype(np.int64)
+
 
 class Recording:
     """Kernel calls, in their order, and the memory that is theirs alone."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self._blocks: dict[int, Block] = {}
+        self._starts: list[int] = []
+        self._blocks: list[Block] = []
         self._free: defaultdict[int, list[Block]] = defaultdict(list)
 
     @property
     def nbytes(self) -> int:
         """Memory of all results."""
-        return sum(block.nbytes for block in self._blocks.values())
+        return sum(block.nbytes for block in self._blocks)
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
         """Give a result memory, for as long as something refers to it."""
         size = prod(shape) * dtype.itemsize
         block = self._free[size].pop() if self._free[size] else self._new_block(size)
-        owner = block[:]
+        owner: NDArray[Any] = np.ndarray(shape, dtype, block)
         finalize(owner, self._free[size].append, block).atexit = False
-        return torch.from_numpy(owner).view(dtype).view(shape)
+        return torch.from_numpy(owner)
 
-    def without_owners(self, arguments: tuple[object, ...]) -> tuple[object, ...]:
-        """Arguments that refer to the memory of results, not to the results themselves."""
-        return tuple(map(self._without_owner, arguments))
+    def add(self, code: Callable[..., object], arguments: tuple[object, ...]) -> None:
+        """Record a call, with arguments that refer to the memory of results and not to these."""
+        self.calls.append((code, tuple(map(self._without_owner, arguments))))
 
     def _new_block(self, size: int) -> Block:
-        block: Block = torch.empty(size, dtype=torch.uint8).numpy()
-        self._blocks[block.ctypes.data] = block
+        block: Block = torch.empty(size, dtype=torch.uint8).numpy()  # aligned, unlike numpy's
+        place = bisect(self._starts, _address(block))
+        self._starts.insert(place, _address(block))
+        self._blocks.insert(place, block)
         return block
 
     def _without_owner(self, argument: object) -> object:
         if not isinstance(argument, np.ndarray):
             return argument
-        array: NDArray[Any] = argument
-        address = array.ctypes.data
-        for start, block in self._blocks.items():
-            if start <= address < start + block.nbytes:
-                offset = address - start
-                return np.ndarray(array.shape, array.dtype, block, offset, array.strides)
-        return argument
+        place = bisect(self._starts, _address(argument)) - 1
+        if place < 0:
+            return argument
+        block, offset = self._blocks[place], _address(argument) - self._starts[place]
+        if offset >= block.nbytes:
+            return argument
+        return np.ndarray(argument.shape, argument.dtype, block, offset, argument.strides)
+
+
+def _address(array: NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 class _Caller(threading.local):
@@ -92,7 +104,15 @@ def recorded() -> Iterator[Recording]:
         _CALLER.recording = None
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory for a kernel's result."""
+def empty(*shape: int) -> Tensor:
+    """Memory for a kernel's result, fp32."""
     recording = _CALLER.recording
-    return torch.empty(shape, dtype=dtype) if recording is None else recording.empty(shape, dtype)
+    return torch.empty(shape) if recording is None else recording.empty(shape, _FLOAT)
+
+
+def empty_indices(*shape: int) -> Tensor:
+    """Memory for a kernel's result, int64."""
+    recording = _CALLER.recording
+    if recording is None:
+        return torch.empty(shape, dtype=torch.int64)
+    return recording.empty(shape, _INDEX)
