@@ -40,11 +40,16 @@ def test_memory_is_told_for_the_loaded_model_and_each_prompt_in_order(
 
 
 def test_a_profile_has_a_table_for_every_point_with_every_kernel_in_it(workdir: Path) -> None:
+    """Of prefill by the names of the operations, of decode by those of the captured kernels."""
     model = random_checkpoint(workdir, "tiny")
     found = "\n".join(tables(model, "float32", 1, WORKLOAD)).strip().split("\n\n")
     assert len(found) == len(WORKLOAD.points)
-    for table in found:
+    prompts = len(WORKLOAD.prefill)
+    for table in found[:prompts]:
         for kernel in ("linear [", "experts [", "kda", "latent_attention", "between kernels"):
+            assert f"\n{kernel}" in table
+    for table in found[prompts:]:
+        for kernel in ("multiply [", "feed_forward [", "attend_step [", "attend_to_latents ["):
             assert f"\n{kernel}" in table
 
 
