@@ -40,22 +40,6 @@ class KernelTimes:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._calls: Counter[str] = Counter()
 
-    def _kernels_for(self, device_type: str, dtype: WeightDType) -> Kernels:
-        """Choose kernels as usual, and time them."""
-        kernels = kernels_for(device_type, dtype)
-        operations = {
-            field.name: getattr(kernels, field.name)
-            for field in fields(kernels)
-            if field.name not in _OTHER_FIELDS
-        }
-        timed: dict[str, Any] = {
-            name: self._timed_product(name, operation)
-            if name in _MATRICES
-            else self._timed(name, operation)
-            for name, operation in operations.items()
-        }
-        return replace(kernels, **timed)
-
     @contextmanager
     def of_engines(self) -> Iterator[None]:
         """Time the kernels of engines that are loaded meanwhile, and captured steps."""
@@ -77,6 +61,22 @@ class KernelTimes:
         yield f"{'between kernels':<50}{1000 * rest:>12.2f}{rest / seconds:>8.1%}"
         yield f"{'by the clock':<50}{1000 * seconds:>12.2f}"
         yield ""
+
+    def _kernels_for(self, device_type: str, dtype: WeightDType) -> Kernels:
+        """Choose kernels as usual, and time them."""
+        kernels = kernels_for(device_type, dtype)
+        operations = {
+            field.name: getattr(kernels, field.name)
+            for field in fields(kernels)
+            if field.name not in _OTHER_FIELDS
+        }
+        timed: dict[str, Any] = {
+            name: self._timed_product(name, operation)
+            if name in _MATRICES
+            else self._timed(name, operation)
+            for name, operation in operations.items()
+        }
+        return replace(kernels, **timed)
 
     def _run(self, calls: Iterable[Call]) -> None:
         for code, arguments in calls:

@@ -41,6 +41,10 @@ class Placement:
                 extents.append(rows)
         return tuple(extents)
 
+    def table_row(self, width: int) -> tuple[int, ...]:
+        """The pages as a row of a page table."""
+        return self.pages + (0,) * (width - len(self.pages))
+
     def split(self, start: int, stop: int) -> list[tuple[slice, slice]]:
         """Where tokens [start, stop) of the request are.
 
@@ -151,9 +155,7 @@ class Batch:
     def page_table(self) -> Tensor:
         """Pages of each request in the order of its tokens, `[R, most pages]`, int32."""
         most = max(len(part.placement.pages) for part in self.parts)
-        pages = [
-            part.placement.pages + (0,) * (most - len(part.placement.pages)) for part in self.parts
-        ]
+        pages = [part.placement.table_row(most) for part in self.parts]
         return torch.tensor(pages, dtype=torch.int32, device=self._device)
 
     @cached_property

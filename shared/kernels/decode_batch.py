@@ -30,10 +30,10 @@ class DecodeBatch(Batch):
         )
         moved = [row for row, placement in enumerate(where) if placement is not self._where[row]]
         if moved:  # a request stays where it is for as long as it lives
-            self._where[:] = where
-            self.slots.copy_(torch.tensor([placement.slot for placement in where]))
             width = self.page_table.shape[1]
-            pages = [where[row].pages + (0,) * (width - len(where[row].pages)) for row in moved]
+            pages = [where[row].table_row(width) for row in moved]
             self.page_table[moved] = torch.tensor(pages, dtype=torch.int32).to(self._device)
+            self.slots.copy_(torch.tensor([placement.slot for placement in where]))
+            self._where[:] = where  # last: what fails before is done again
         self.lengths.copy_(torch.tensor([part.length for part in self.parts]))
         self.latent_rows.copy_(torch.tensor([part.first_row for part in self.parts]))

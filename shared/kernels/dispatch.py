@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shared.errors import UnsupportedDeviceError
 from shared.kernels.cpu.captured_step import CapturedStep
-from shared.kernels.cpu.embedding import Rows
+from shared.kernels.cpu.embedding import EmbeddingRows
 from shared.kernels.cpu.expert_choice import choose_experts
 from shared.kernels.cpu.feed_forward import DenseFeedForward, TiledExperts
 from shared.kernels.cpu.kda import kda
@@ -61,7 +61,7 @@ def _compiled(
         loaded_dtype=dtype,
         activation_dtype=torch.float32,
         state_dtype="float32",
-        embedding=lambda weight: Rows(Matrix.of(weight)),
+        embedding=lambda weight: EmbeddingRows(Matrix.of(weight)),
         linear=lambda weight: linear(form(weight)),
         choose_experts=choose_experts,
         experts=lambda gate_and_up, down: experts(form(gate_and_up), form(down)),

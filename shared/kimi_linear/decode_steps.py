@@ -13,7 +13,7 @@ from shared.kimi_linear.model import KimiLinear
 from shared.kimi_linear.state_pool import StatePool
 
 KEPT_STEPS: Final = 32
-"""Sizes of batches whose steps are kept, with all that they compute on: the last ones used."""
+"""Sizes of batches whose steps are kept, the last ones used; most of what each takes is logits."""
 
 
 class DecodeSteps:

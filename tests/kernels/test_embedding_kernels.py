@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from shared.kernels.cpu.embedding import Rows
+from shared.kernels.cpu.embedding import EmbeddingRows
 from shared.kernels.cpu.matrix import Matrix
 
 
@@ -13,5 +13,5 @@ def test_the_rows_of_tokens(dtype: torch.dtype) -> None:
     weight = torch.randn(11, 37).to(dtype)
     tokens = torch.tensor([10, 0, 3, 3])
     assert torch.equal(
-        Rows(Matrix.of(weight))(tokens), functional.embedding(tokens, weight).float()
+        EmbeddingRows(Matrix.of(weight))(tokens), functional.embedding(tokens, weight).float()
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared.kernels.cpu.linear import TiledLinear
 from shared.kernels.cpu.matrix import Matrix
-from shared.kernels.cpu.products import BLOCK_BYTES, COLUMNS, column_block, multiply
+from shared.kernels.cpu.products import BLOCK_BYTES, WIDTH, column_block, multiply
 from shared.kernels.linear import Linear
 
 INPUTS, OUTPUTS = 576, 320
@@ -109,9 +109,9 @@ def test_blocks_are_whole_tiles_and_even_among_threads(
     outputs: int, inputs: int, threads: int
 ) -> None:
     block = column_block(outputs, 4 * inputs, threads)
-    assert block % COLUMNS == 0
-    assert 0 < block < outputs / threads + COLUMNS
-    assert block == COLUMNS or block * 4 * inputs <= BLOCK_BYTES + COLUMNS * 4 * inputs
+    assert block % WIDTH == 0
+    assert 0 < block < outputs / threads + WIDTH
+    assert block == WIDTH or block * 4 * inputs <= BLOCK_BYTES + WIDTH * 4 * inputs
 
 
 def test_int8_rounds_to_the_nearest_of_127_steps() -> None:

@@ -16,7 +16,7 @@ Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
 
-class Rows:
+class EmbeddingRows:
     """See `Embedding`; of a matrix in fp32 or bf16, and given as fp32."""
 
     def __init__(self, matrix: Matrix) -> None:

@@ -21,8 +21,9 @@ Weights = NDArray[Any]
 ROWS: Final = 4
 COLUMNS: Final = 6 if LANES == 16 else 3
 """Of a tile: with their operands, what fits the registers, of which AVX-512 has 32."""
-ROW_COLUMNS: Final = 6
-"""Of a tile where there are fewer rows: as many sums as a processor adds to at the same time."""
+WIDTH: Final = 6
+"""Columns that rows are multiplied with before the next ones; for a row by itself they are a tile,
+with as many sums as a processor adds to at the same time."""
 INPUTS: Final = 768
 """Of longer rows, so many elements are multiplied at a time: what stays in the first cache."""
 FEW_ROWS: Final = 64
@@ -31,15 +32,14 @@ BLOCK_BYTES: Final = 160 * 1024
 """Of a matrix, that stay in a core's cache while many rows of activations stream by."""
 
 _STREAMED_TILE = fetching_dot_tile(ROWS, COLUMNS, level=2)
-_STREAMED_ROW = fetching_dot_tile(1, COLUMNS, level=2)
-_STREAMED_LONG_ROW = fetching_dot_tile(1, ROW_COLUMNS, level=2)
+_STREAMED_ROW = fetching_dot_tile(1, WIDTH, level=2)
 _KEPT_TILE = fetching_dot_tile(ROWS, COLUMNS, level=1)
-_KEPT_ROW = dot_tile(1, COLUMNS)
+_KEPT_ROW = dot_tile(1, WIDTH)
 _COLUMN = dot_tile(ROWS, 1)
 _ELEMENT = dot_tile(1, 1)
 
 
-def column_block(outputs: int, row_bytes: int, threads: int, columns: int = COLUMNS) -> int:
+def column_block(outputs: int, row_bytes: int, threads: int, columns: int = WIDTH) -> int:
     """Outputs that a thread computes at a time: whole tiles, and as many for each thread."""
     most = max(columns, BLOCK_BYTES // row_bytes)
     pieces = threads * -(-outputs // (threads * most))
@@ -80,41 +80,18 @@ def multiply_columns(
     """
     pieces = (x.shape[1] + INPUTS - 1) // INPUTS
     inputs = (x.shape[1] + pieces * LANES - 1) // (pieces * LANES) * LANES
-    whole = stop - (stop - first) % (COLUMNS if x.shape[0] >= ROWS else ROW_COLUMNS)
+    whole = stop - (stop - first) % WIDTH
     for k in range(0, x.shape[1], inputs):
         x_piece, w_piece = x[:, k : k + inputs], w[:, k : k + inputs]
-        if x.shape[0] < ROWS:
-            _stream_to_rows(x_piece, w_piece, scales, y, first, whole, following, k > 0)
-        elif x.shape[0] <= FEW_ROWS:
-            _stream_to_tiles(x_piece, w_piece, scales, y, first, whole, following, k > 0)
+        if x.shape[0] <= FEW_ROWS:
+            _stream_columns(x_piece, w_piece, scales, y, first, whole, following, k > 0)
         else:
             _keep_columns(x_piece, w_piece, scales, y, first, whole, k > 0)
         _multiply_last_columns(x_piece, w_piece, scales, y, whole, stop, k > 0)
 
 
 @part
-def _stream_to_rows(
-    x: Floats,
-    w: Weights,
-    scales: Floats,
-    y: Floats,
-    first: int,
-    stop: int,
-    following: int,
-    adds: bool,
-) -> None:
-    """As `_stream_to_tiles`, if there is no tile of rows."""
-    rows = x.shape[0]
-    for j in range(first, stop, ROW_COLUMNS):
-        following_row = j + ROW_COLUMNS if j + ROW_COLUMNS < stop else following
-        for n in range(rows):
-            from_row = following_row + ROW_COLUMNS * n // rows
-            to_row = following_row + ROW_COLUMNS * (n + 1) // rows
-            _STREAMED_LONG_ROW(x, w, scales, y, n, j, adds, from_row, to_row)
-
-
-@part
-def _stream_to_tiles(
+def _stream_columns(
     x: Floats,
     w: Weights,
     scales: Floats,
@@ -131,13 +108,15 @@ def _stream_to_tiles(
     """
     tiles = x.shape[0] // ROWS
     steps = tiles + x.shape[0] % ROWS
-    for j in range(first, stop, COLUMNS):
-        following_row = j + COLUMNS if j + COLUMNS < stop else following
+    for j in range(first, stop, WIDTH):
+        following_row = j + WIDTH if j + WIDTH < stop else following
         for n in range(steps):
-            from_row = following_row + COLUMNS * n // steps
-            to_row = following_row + COLUMNS * (n + 1) // steps
+            from_row = following_row + WIDTH * n // steps
+            to_row = following_row + WIDTH * (n + 1) // steps
             if n < tiles:
-                _STREAMED_TILE(x, w, scales, y, n * ROWS, j, adds, from_row, to_row)
+                for column in range(j, j + WIDTH, COLUMNS):
+                    _STREAMED_TILE(x, w, scales, y, n * ROWS, column, adds, from_row, to_row)
+                    from_row = to_row  # once
             else:
                 row = tiles * ROWS + n - tiles
                 _STREAMED_ROW(x, w, scales, y, row, j, adds, from_row, to_row)
@@ -153,7 +132,7 @@ def _keep_columns(
         for j in range(first, stop, COLUMNS):
             _KEPT_TILE(x, w, scales, y, i, j, adds, j + COLUMNS, j + 2 * COLUMNS)
     for i in range(whole, x.shape[0]):
-        for j in range(first, stop, COLUMNS):
+        for j in range(first, stop, WIDTH):
             _KEPT_ROW(x, w, scales, y, i, j, adds)
 
 

@@ -38,11 +38,6 @@ class Recording:
         self._blocks: list[Block] = []
         self._free: defaultdict[int, list[Block]] = defaultdict(list)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of all results."""
-        return sum(block.nbytes for block in self._blocks)
-
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
         """Give a result memory, for as long as something refers to it."""
         size = prod(shape) * dtype.itemsize
