@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from benchmarks.measured_engine import MeasuredEngine
 from benchmarks.measurement import Workload
-from shared.kernels.cpu.compiled import run
-from shared.kernels.cpu.recording import Call
+from shared.kernels.cpu.native_calls import Call, CallSequence, MachineCode
 from shared.kernels.dispatch import kernels_for
 from shared.kernels.dtypes import WeightDType, WeightDTypeChoice
 from shared.kernels.interface import Kernels
@@ -45,7 +44,7 @@ class KernelTimes:
         """Time the kernels of engines that are loaded meanwhile, and captured steps."""
         with (
             patch("shared.kimi_linear.engine.kernels_for", self._kernels_for),
-            patch("shared.kernels.cpu.captured_step.run", self._run),
+            patch("shared.kernels.cpu.captured_step.CallSequence", self._timed_calls),
         ):
             yield
 
@@ -78,12 +77,10 @@ class KernelTimes:
         }
         return replace(kernels, **timed)
 
-    def _run(self, calls: Iterable[Call]) -> None:
-        for code, arguments in calls:
-            arrays = [argument for argument in arguments if isinstance(argument, np.ndarray)]
-            largest = max(arrays, key=lambda array: array.nbytes)
-            name = f"{code.__name__} {list(largest.shape)}"
-            self._timed(name, run)([(code, arguments)])
+    def _timed_calls(self, calls: Iterable[Call]) -> "_TimedCalls":
+        return _TimedCalls(
+            [self._timed(_name_of(*call), CallSequence([call]).run) for call in calls]
+        )
 
     def _timed_product(self, name: str, make: Callable[..., Callable[..., ResultT]]) -> object:
         def made(*matrices: Tensor) -> Callable[..., ResultT]:
@@ -100,6 +97,24 @@ class KernelTimes:
             return result
 
         return call
+
+
+class _TimedCalls:
+    """A `CallSequence` of which each call is made, and timed, by itself."""
+
+    def __init__(self, calls: Sequence[Callable[[], None]]) -> None:
+        self._calls = calls
+
+    def run(self) -> None:
+        for call in self._calls:
+            call()
+
+
+def _name_of(code: MachineCode, arguments: tuple[object, ...]) -> str:
+    """The kernel's, and the shape of its largest array."""
+    arrays = [argument for argument in arguments if isinstance(argument, np.ndarray)]
+    largest = max(arrays, key=lambda array: array.nbytes)
+    return f"{code.name} {list(largest.shape)}"
 
 
 def tables(

@@ -8,7 +8,8 @@ step at batch 1 that was a third. GPUs have graphs for the same reason.
 from torch import Tensor
 
 from shared.kernels.cpu.compiled import run
-from shared.kernels.cpu.recording import Recording, recorded
+from shared.kernels.cpu.native_calls import CallSequence
+from shared.kernels.cpu.recording import recorded
 from shared.kernels.interface import Step
 
 
@@ -21,15 +22,15 @@ class CapturedStep:
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        self._captured: tuple[Recording, Tensor] | None = None
+        self._captured: tuple[CallSequence, Tensor] | None = None
 
     def __call__(self) -> Tensor:
         """Run the step."""
         if self._captured is None:
             with recorded() as recording:
                 result = self._step()
-            self._captured = recording, result
+            self._captured = CallSequence(recording.calls), result
         else:
-            recording, result = self._captured
-            run(recording.calls)
+            calls, result = self._captured
+            run(calls)
         return result

@@ -11,7 +11,7 @@ import importlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from shared.cache_directory import user_cache_directory
-from shared.kernels.cpu.recording import Call, current_recording
+from shared.kernels.cpu.native_calls import CallSequence, MachineCode
+from shared.kernels.cpu.recording import current_recording
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
@@ -112,12 +113,13 @@ def kernel(function: FunctionT) -> FunctionT:
     It gives nothing back: its results are in the arrays that it is given.
     """
     compiled = _kept_where_possible(numba.njit(parallel=True, **_OPTIONS)(function))
-    codes: dict[tuple[object, ...], Callable[..., object]] = {}
+    codes: dict[tuple[object, ...], MachineCode] = {}
 
-    def code_for(arguments: tuple[object, ...]) -> Callable[..., object]:
+    def code_for(arguments: tuple[object, ...]) -> MachineCode:
         kinds = tuple(map(_kind, arguments))  # numba's types take ten times as long to find
         if kinds not in codes:
-            codes[kinds] = compiled.get_overload(tuple(map(compiled.typeof_pyval, arguments)))
+            types = tuple(map(compiled.typeof_pyval, arguments))
+            codes[kinds] = MachineCode.of(compiled.overloads[types])
         return codes[kinds]
 
     @wraps(function)
@@ -138,12 +140,11 @@ def _kind(argument: object) -> object:
     return type(argument)
 
 
-def run(calls: Iterable[Call]) -> None:
+def run(calls: CallSequence) -> None:
     """Make recorded calls again, with what is in their arrays now."""
     _use_torch_threads()
     with _TURN:
-        for code, arguments in calls:
-            code(*arguments)
+        calls.run()
 
 
 def _use_torch_threads() -> None:

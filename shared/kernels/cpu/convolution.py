@@ -109,3 +109,15 @@ def advance(state: Floats, x: Floats) -> None:
     for tap in range(taps):
         source = tokens - taps + tap
         state[tap] = dense_row(x, source) if source >= 0 else state[tap + tokens]
+
+
+@part
+def advance_channels(state: Floats, x: Floats, first: int, stop: int) -> None:
+    """Keep the last inputs of the channels [first, stop), of which x has the next."""
+    for tap in range(state.shape[0] - 1):
+        older, newer = state[tap, first:stop], state[tap + 1, first:stop]
+        for channel in range(older.shape[0]):
+            older[channel] = newer[channel]
+    newest, own = state[state.shape[0] - 1, first:stop], x[first:stop]
+    for channel in range(newest.shape[0]):
+        newest[channel] = own[channel]

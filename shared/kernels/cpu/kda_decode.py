@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.kernels.cpu.compiled import kernel, part
-from shared.kernels.cpu.convolution import advance, convolve_channels, l2_normalize
+from shared.kernels.cpu.convolution import advance_channels, convolve_channels, l2_normalize
 from shared.kernels.cpu.decay import decay_channels
 from shared.kernels.cpu.elementary import exp, sigmoid
 from shared.kernels.cpu.normalization import normalize_gated
@@ -74,12 +74,15 @@ def attend_step(
         request, head = item // heads, item % heads
         following = min(item + 1, slots.shape[0] * heads - 1)
         own = slice(head * channels, (head + 1) * channels)
-        convolved = np.empty((3, channels), np.float32)
+        convolved, earlier = np.empty((3, channels), np.float32), inputs[slots[request]]
         for kind in range(3):
             first = (kind * heads + head) * channels
-            convolve_channels(
-                x, convolution, inputs[slots[request]], request, 0, first, convolved[kind]
-            )
+            convolve_channels(x, convolution, earlier, request, 0, first, convolved[kind])
+            advance_channels(earlier, dense_row(x, request), first, first + channels)
+        next_head, next_inputs = following % heads, inputs[slots[following // heads]]
+        rows = next_inputs.reshape(-1, channels)
+        for n in range(next_head, rows.shape[0], heads):
+            fetch_row(rows, n)
         for kind in range(2):
             l2_normalize(convolved[kind], l2_epsilon)
         g = np.empty(channels, np.float32)
@@ -96,8 +99,6 @@ def attend_step(
             attended,
         )
         normalize_gated(attended, dense_row(gate, request)[own], norm, epsilon, attended)
-    for request in numba.prange(slots.shape[0]):
-        advance(inputs[slots[request]], x[request : request + 1])
 
 
 @part

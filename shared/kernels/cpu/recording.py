@@ -9,7 +9,7 @@ what those of one do, and stay in the processor's caches.
 import threading
 from bisect import bisect
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any, Final, TypeAlias
@@ -20,8 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Call: TypeAlias = tuple[Callable[..., object], tuple[object, ...]]
-"""Machine code for arguments of just these types, and the arguments."""
+from shared.kernels.cpu.native_calls import Call, MachineCode
 
 Block: TypeAlias = NDArray[np.uint8]
 
@@ -46,7 +45,7 @@ class Recording:
         finalize(owner, self._free[size].append, block).atexit = False
         return torch.from_numpy(owner)
 
-    def add(self, code: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    def add(self, code: MachineCode, arguments: tuple[object, ...]) -> None:
         """Record a call, with arguments that refer to the memory of results and not to these."""
         self.calls.append((code, tuple(map(self._without_owner, arguments))))
 
