@@ -67,18 +67,26 @@ class Rows:
         return self._as_float(loaded)
 
     def fetch_lines(self, first: Any, stop: Any, column: Any, level: int) -> None:
-        """Fetch the lines of rows [first, stop) that begin at this column, if lines do there."""
+        """Fetch a part of rows [first, stop): of all columns together, these rows.
+
+        It is as many lines as there are rows. Without gaps between rows they follow those of the
+        column before in memory, which processors then read ahead; else each is at this column.
+        """
         builder = self.builder
         in_line = ir.Constant(INDEX, LINE_BYTES // self.element_bytes - 1)
         begins = builder.icmp_signed("==", builder.and_(column, in_line), ir.Constant(INDEX, 0))
+        rows = builder.sub(stop, first)
+        dense = builder.icmp_signed("==", self.strides[0], self._offset(self.length))
+        before = builder.select(dense, builder.mul(column, rows), column)
+        stride = builder.select(dense, ir.Constant(INDEX, LINE_BYTES), self.strides[0])
+        start = builder.gep(self.address(first), [self._offset(before)])
 
-        def step(row: Any, _: Any) -> list[Any]:
-            address = self.address(builder.add(first, row))
-            fetch(builder, builder.gep(address, [self._offset(column)]), level=level)
+        def step(line: Any, _: Any) -> list[Any]:
+            fetch(builder, builder.gep(start, [builder.mul(line, stride)]), level=level)
             return []
 
         with builder.if_then(begins):
-            loop(builder, builder.sub(stop, first), 1, [], step)
+            loop(builder, rows, 1, [], step)
 
     def elements(self, row: Any, column: Any, count: int) -> Any:
         """So many elements of a row of fp32."""
