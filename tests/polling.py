@@ -4,9 +4,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 PAUSE = 0.01
+PATIENCE = 30.0
+"""Seconds; a busy machine may stand still for some."""
 
 
-async def eventually(condition: Callable[[], bool | Awaitable[bool]], within: float = 10.0) -> None:
+async def eventually(
+    condition: Callable[[], bool | Awaitable[bool]], within: float = PATIENCE
+) -> None:
     """Return as soon as the condition holds; fail if it does not within so many seconds."""
     async with asyncio.timeout(within):
         while True:

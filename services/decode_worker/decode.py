@@ -222,7 +222,17 @@ class DecodeHandler:
         self._metrics.pulled_bytes.labels("wire").inc(pull.wire_bytes)
         consumed = [token.token_id for token in sequence.tokens[:-1]]
         if consumed:  # emitted by a worker that is gone
-            await self._compute.run(self._engine.prefill, [consumed], [state])
+            await self._compute.run(self._catch_up, sequence, state, consumed)
+
+    def _catch_up(self, sequence: Sequence, state: RequestState, tokens: list[int]) -> None:
+        """Consume what was said before, and note the state at the last whole block."""
+        whole = (state.length + len(tokens)) // BLOCK_TOKENS * BLOCK_TOKENS - state.length
+        if self._sources.conversations is not None and whole > 0:
+            self._engine.prefill([tokens[:whole]], [state])
+            sequence.reached_block(state.snapshot())
+            tokens = tokens[whole:]
+        if tokens:
+            self._engine.prefill([tokens], [state])
 
     async def _offer_conversation(self, sequence: Sequence, state: RequestState) -> None:
         """Have what was decoded published, if it reached a block boundary."""

@@ -5,9 +5,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.kernels.cpu.captured_step import CapturedStep
+from shared.kernels.cpu.compiled import kernel
+from shared.kernels.cpu.native_calls import CallSequence
 from shared.kernels.cpu.normalization import add_rms_norm, rms_norm
 from shared.kernels.cpu.recording import recorded
 
@@ -98,3 +101,54 @@ def test_a_result_that_is_still_needed_keeps_its_memory() -> None:
     captured()
     x.copy_(torch.rand(3, 8))
     assert torch.equal(captured(), step())
+
+
+def test_parts_of_wider_arrays_are_given_with_their_gaps() -> None:
+    wide, weight = torch.rand(3, 24), torch.rand(8)
+
+    def step() -> Tensor:
+        return rms_norm(wide[:, 8:16], weight, 0.5)
+
+    captured = CapturedStep(step)
+    captured()
+    wide.copy_(torch.rand(3, 24))
+    assert torch.equal(captured(), step())
+
+
+# --- calls that cannot be made -----------------------------------------------------------------
+
+
+@kernel
+def _need_memory(elements: NDArray[np.int64], done: NDArray[np.int64]) -> None:
+    room = np.zeros(elements[0], np.uint8)
+    done[0] += room.shape[0]
+
+
+def test_a_kernel_that_gets_no_memory_fails_the_step_and_those_behind_it_are_not_run() -> None:
+    elements, done, behind = (np.array([n]) for n in (1, 0, 0))
+    with recorded() as recording:
+        _need_memory(elements, done)
+        _need_memory(np.array([1]), behind)
+    calls = CallSequence(recording.calls)
+    calls.run()
+    elements[0] = 2**60
+    with pytest.raises(MemoryError, match="_need_memory"):
+        calls.run()
+    assert (done[0], behind[0]) == (2, 2)
+    elements[0] = 1
+    calls.run()
+    assert (done[0], behind[0]) == (3, 3), "it goes on when there is memory again"
+
+
+def test_only_arguments_that_the_machine_code_takes_are_passed_to_it() -> None:
+    with recorded() as recording:
+        _need_memory(np.array([1]), np.array([0]))
+    ((code, arguments),) = recording.calls
+    with pytest.raises(TypeError, match="takes no str"):
+        CallSequence([(code, (*arguments, "text"))])
+    with pytest.raises(TypeError, match=r"takes 14 words, not 7"):
+        CallSequence([(code, arguments[:1])])
+
+
+def test_no_calls_are_no_work() -> None:
+    CallSequence([]).run()

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,25 @@ from services.cli.embedded_valkey import embedded_valkey
 from shared.kimi_linear.presets import write_random_checkpoint
 from tests.polling import eventually
 
+LOG_LINES = 40
+"""Of each service, that a failed test shows."""
 SERVICES = ("gateway", "kv_store", "serving_kv_store", "prefill_worker", "decode_worker")
 CODECS = ("--latent-codec", "zstd", "--state-codec", "zstd")
 WORKER_FLAGS = ("--threads", "1", "--heartbeat-ttl", "1.5", "--heartbeat-interval", "0.3")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Show what the services of a failed test have logged last."""
+    report: Any = yield
+    if report.failed:
+        arguments = getattr(item, "funcargs", {}).values()
+        systems = {id(value): value for value in arguments if isinstance(value, System)}
+        for system in systems.values():
+            for service in system.processes:
+                lines = system.log(service).splitlines()[-LOG_LINES:]
+                report.sections.append((f"log of {service}", "\n".join(lines)))
+    return report
 
 
 def free_port() -> int:

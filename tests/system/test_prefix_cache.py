@@ -14,6 +14,7 @@ from shared.streams.prefix_index import PrefixIndex
 from tests.polling import eventually
 from tests.system.conftest import System
 from tests.system.test_disaggregation import in_one_process
+from tests.system.test_failures import streaming
 
 pytestmark = pytest.mark.asyncio
 
@@ -73,6 +74,21 @@ async def test_the_next_turn_begins_where_the_answer_got_to(system: System, leng
     assert cached(second) == reached
     expected = await asyncio.to_thread(in_one_process, system.model, next_turn, GREEDY, 8)
     assert text(second) == expected
+
+
+async def test_an_answer_that_another_worker_ended_is_a_prefix_too(system: System) -> None:
+    prompt = tokens(11, 127)
+    async with streaming(system, prompt=list(prompt), max_tokens=120) as stream:
+        await stream.read(at_least=66)  # behind the last whole block that it will reach
+        await system.kill("decode_worker")
+        await system.start("decode_worker")
+        await stream.read(at_least=1000)
+    assert len(stream.token_ids) == 120
+    conversation = (*prompt, *stream.token_ids)
+    async with connect(system.prefill_redis_url) as redis:
+        await has_snapshot_at(redis, system, conversation, 192)
+    second = await ask(system, (*conversation, *tokens(12, 40)))
+    assert cached(second) == 192
 
 
 async def has_snapshot_at(

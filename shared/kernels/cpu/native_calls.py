@@ -1,9 +1,8 @@
 """Calls of kernels that are made one after the other by machine code, with nothing between them.
 
 numba gives Python a function that takes Python's objects. Below it is one that takes plain numbers:
-an array is its address, shape and strides, each in an argument. As C would have to know the types of
-these to call it, there is a function for each list of types, which takes the arguments from a row
-of words.
+an array is its address, shape and strides, each in an argument. To call it one has to know their
+types, so for each list of types there is a function that takes the arguments from a row of words.
 """
 
 import ctypes
@@ -147,9 +146,7 @@ def _run(builder: Any) -> None:
     with cgutils.for_range(builder, count) as entry:
         first = builder.mul(entry.index, ir.Constant(_WORD, _ENTRY_WORDS))
         row = builder.gep(entries, [first])
-        caller, kernel, words = (
-            builder.load(_at(builder, row, n)) for n in range(_ENTRY_WORDS)
-        )
+        caller, kernel, words = (builder.load(_at(builder, row, n)) for n in range(_ENTRY_WORDS))
         function = builder.inttoptr(caller, _CALLER.as_pointer())
         status = builder.call(function, [kernel, builder.inttoptr(words, _WORDS)])
         with builder.if_then(builder.icmp_signed("!=", status, ir.Constant(_STATUS, 0))):
