@@ -79,10 +79,10 @@ def attend_step(
             first = (kind * heads + head) * channels
             convolve_channels(x, convolution, earlier, request, 0, first, convolved[kind])
             advance_channels(earlier, dense_row(x, request), first, first + channels)
-        next_head, next_inputs = following % heads, inputs[slots[following // heads]]
-        rows = next_inputs.reshape(-1, channels)
-        for n in range(next_head, rows.shape[0], heads):
-            fetch_row(rows, n)
+        # Those of the next head, of each tap and kind, are too short for processors to read ahead.
+        upcoming = inputs[slots[following // heads]].reshape(-1, channels)
+        for row in range(following % heads, upcoming.shape[0], heads):
+            fetch_row(upcoming, row)
         for kind in range(2):
             l2_normalize(convolved[kind], l2_epsilon)
         g = np.empty(channels, np.float32)

@@ -6,7 +6,7 @@ types, so for each list of types there is a function that takes the arguments fr
 """
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, TypeAlias
@@ -122,7 +122,7 @@ def _caller_of(kind: ir.FunctionType) -> int:
     return _CALLERS[str(kind)]
 
 
-def _call(builder: Any, kind: ir.FunctionType) -> None:
+def _call(builder: ir.IRBuilder, kind: ir.FunctionType) -> None:
     kernel, words = builder.function.args
     result, failure = (builder.alloca(pointer.pointee) for pointer in kind.args[:2])
     arguments = [
@@ -141,7 +141,7 @@ def _runner() -> Any:
     return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)(address)
 
 
-def _run(builder: Any) -> None:
+def _run(builder: ir.IRBuilder) -> None:
     entries, count = builder.function.args
     with cgutils.for_range(builder, count) as entry:
         first = builder.mul(entry.index, ir.Constant(_WORD, _ENTRY_WORDS))
@@ -154,11 +154,11 @@ def _run(builder: Any) -> None:
     builder.ret(count)
 
 
-def _at(builder: Any, words: Any, n: int) -> Any:
+def _at(builder: ir.IRBuilder, words: Any, n: int) -> Any:
     return builder.gep(words, [ir.Constant(_WORD, n)])
 
 
-def _compiled(name: str, kind: ir.FunctionType, build: Any) -> int:
+def _compiled(name: str, kind: ir.FunctionType, build: Callable[[ir.IRBuilder], None]) -> int:
     """The address of a function whose body `build` writes."""
     library = cpu_target.target_context.codegen().create_library(name)
     module = library.create_ir_module(name)

@@ -67,10 +67,10 @@ class Rows:
         return self._as_float(loaded)
 
     def fetch_lines(self, first: Any, stop: Any, column: Any, level: int) -> None:
-        """Fetch a part of rows [first, stop): of all columns together, these rows.
+        """Fetch the part of rows [first, stop) that falls to this column: a line for each row.
 
-        It is as many lines as there are rows. Without gaps between rows they follow those of the
-        column before in memory, which processors then read ahead; else each is at this column.
+        All columns together fetch the rows. Where these have no gaps, it is in the order of memory,
+        in which processors read ahead by themselves; else each line is at this column of its row.
         """
         builder = self.builder
         in_line = ir.Constant(INDEX, LINE_BYTES // self.element_bytes - 1)
