@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shared.kernels.huge_pages import empty_in_huge_pages
 from shared.kernels.interface import Kernels
 from shared.kernels.kda_layer import KdaConstants
 from shared.kernels.linear import Linear
@@ -238,7 +239,7 @@ class _Checkpoint:
 
     def matrix(self, name: str, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, in the dtype of the checkpoint's matrices unless another is given."""
-        target = torch.empty(shape, dtype=dtype or self._dtype)
+        target = empty_in_huge_pages(*shape, dtype=dtype or self._dtype)
         self._files.read_into(target, name)
         return target
 
@@ -250,7 +251,7 @@ class _Checkpoint:
         """Several matrices with the same number of columns, one below the other."""
         rows = sum(shape[0] for shape in shapes.values())
         columns = next(shape[1] for shape in shapes.values())
-        target = torch.empty(rows, columns, dtype=self._dtype)
+        target = empty_in_huge_pages(rows, columns, dtype=self._dtype)
         parts = torch.split(target, [shape[0] for shape in shapes.values()])
         for name, part in zip(shapes, parts, strict=True):
             self._files.read_into(part, name)

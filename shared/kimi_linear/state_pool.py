@@ -9,6 +9,7 @@ import torch
 
 from shared.errors import NoRoomError
 from shared.kernels.batch import PAGE_TOKENS, Placement
+from shared.kernels.huge_pages import empty_in_huge_pages
 from shared.kernels.torch_dtypes import TORCH_DTYPES
 from shared.kimi_linear.page_allocator import PageAllocator
 from shared.kimi_linear.state_layout import StateLayout
@@ -35,14 +36,14 @@ class StatePool:
         pages = ceil(tokens / PAGE_TOKENS)
         self.layout = layout
         self.tokens = pages * PAGE_TOKENS
-        self.recurrent = torch.empty(
+        self.recurrent = empty_in_huge_pages(
             layout.kda_layers,
             slots,
             *layout.recurrent_shape[1:],
             dtype=TORCH_DTYPES[layout.recurrent_dtype],
             device=device,
         )
-        self.convolution = torch.empty(
+        self.convolution = empty_in_huge_pages(
             layout.kda_layers,
             slots,
             layout.convolution_taps,
@@ -50,8 +51,8 @@ class StatePool:
             dtype=TORCH_DTYPES[layout.convolution_dtype],
             device=device,
         )
-        self.latents = torch.empty(
-            layout.latents_shape(self.tokens),
+        self.latents = empty_in_huge_pages(
+            *layout.latents_shape(self.tokens),
             dtype=TORCH_DTYPES[layout.latent_dtype],
             device=device,
         )

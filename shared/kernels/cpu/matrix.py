@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.kernels.huge_pages import empty_in_huge_pages
+
 LARGEST: Final = 127
 """Of int8 elements; -128 is left out, so that a matrix and its negative are rounded alike."""
 
@@ -40,8 +42,9 @@ class Matrix:
         """An fp32 matrix rounded to int8."""
         scales = weight.abs().amax(dim=-1).clamp_min_(torch.finfo(torch.float32).tiny * LARGEST)
         scales.mul_(1 / LARGEST)
-        values = (weight / scales.unsqueeze(-1)).round_().clamp_(-LARGEST, LARGEST)
-        return cls(values.to(torch.int8).numpy(), scales.numpy())
+        rounded = (weight / scales.unsqueeze(-1)).round_().clamp_(-LARGEST, LARGEST)
+        values = empty_in_huge_pages(*weight.shape, dtype=torch.int8).copy_(rounded)
+        return cls(values.numpy(), scales.numpy())
 
     @property
     def outputs(self) -> int:
