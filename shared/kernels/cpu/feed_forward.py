@@ -33,6 +33,7 @@ class TiledExperts:
 
     def __call__(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """See `Experts`."""
+        choices, width = experts.numel(), self._down.inputs
         output = empty(*x.shape)
         feed_forward(
             x.numpy(),
@@ -42,6 +43,10 @@ class TiledExperts:
             self._gate_and_up.scales,
             self._down.values,
             self._down.scales,
+            empty(choices, x.shape[1]).numpy(),
+            empty(choices, 2 * width).numpy(),
+            empty(choices, width).numpy(),
+            empty(choices, x.shape[1]).numpy(),
             output.numpy(),
             self._hidden_block,
             self._output_block,
@@ -70,18 +75,35 @@ def feed_forward(
     gate_and_up_scales: Floats,
     down: Weights,
     down_scales: Floats,
+    rows: Floats,
+    raised: Floats,
+    hidden: Floats,
+    answers: Floats,
     y: Floats,
     hidden_block: int,
     output_block: int,
 ) -> None:
-    """Write what each token's experts make of it, summed by its shares, to y `[T, hidden]`."""
+    """Write what each token's experts make of it, summed by its shares.
+
+    Args:
+        x: `[T, hidden]`.
+        experts: `[T, k]`.
+        shares: `[T, k]`.
+        gate_and_up: `[E, 2 * I, hidden]`.
+        gate_and_up_scales: `[E, 2 * I]`, of int8.
+        down: `[E, hidden, I]`.
+        down_scales: `[E, hidden]`, of int8.
+        rows: `[T * k, hidden]`, for the tokens of all choices, sorted by expert.
+        raised: `[T * k, 2 * I]`, for gates and ups.
+        hidden: `[T * k, I]`, for what they make of each other.
+        answers: `[T * k, hidden]`.
+        y: `[T, hidden]`.
+        hidden_block: channels of I that a thread computes at a time.
+        output_block: outputs that a thread computes at a time.
+    """
     starts, tokens, place = sort_choices(experts, down.shape[0])
     used = np.flatnonzero(np.diff(starts))
     width, outputs = down.shape[2], down.shape[1]
-    rows = np.empty((tokens.shape[0], x.shape[1]), np.float32)
-    raised = np.empty((tokens.shape[0], 2 * width), np.float32)
-    hidden = np.empty((tokens.shape[0], width), np.float32)
-    answers = np.empty(rows.shape, np.float32)
     # One matrix above the other: while one is multiplied, the next is fetched.
     raising, raising_scales = gate_and_up.reshape(-1, x.shape[1]), gate_and_up_scales.reshape(-1)
     lowering, lowering_scales = down.reshape(-1, width), down_scales.reshape(-1)

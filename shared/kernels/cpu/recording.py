@@ -21,8 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.kernels.cpu.native_calls import Call, MachineCode
+from shared.kernels.cpu.vectors import LINE_BYTES
+from shared.kernels.huge_pages import HUGE_PAGE, empty_in_huge_pages
 
 Block: TypeAlias = NDArray[np.uint8]
+
+REGION_BYTES: Final = 4 * HUGE_PAGE
+"""Memory that is asked for at a time."""
 
 _FLOAT: Final = np.dtype(np.float32)
 _INDEX: Final = np.dtype(np.int64)
@@ -33,6 +38,7 @@ class Recording:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self._unused: Block = np.empty(0, np.uint8)
         self._starts: list[int] = []
         self._blocks: list[Block] = []
         self._free: defaultdict[int, list[Block]] = defaultdict(list)
@@ -50,7 +56,10 @@ class Recording:
         self.calls.append((code, tuple(map(self._without_owner, arguments))))
 
     def _new_block(self, size: int) -> Block:
-        block: Block = torch.empty(size, dtype=torch.uint8).numpy()  # aligned, unlike numpy's
+        taken = -(-size // LINE_BYTES) * LINE_BYTES
+        if taken > len(self._unused):
+            self._unused = empty_in_huge_pages(max(taken, REGION_BYTES), dtype=torch.uint8).numpy()
+        block, self._unused = self._unused[:size], self._unused[taken:]
         place = bisect(self._starts, _address(block))
         self._starts.insert(place, _address(block))
         self._blocks.insert(place, block)
