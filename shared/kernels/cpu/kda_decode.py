@@ -7,8 +7,9 @@ With Z = Diag(exp g) S the decayed state (arXiv 2510.26692, equation 1):
     S = Z + k u^T
 
 A thread does everything that a head needs, so that nothing in between is written to memory. A state
-comes from there and goes back once: it stays in the cache between reading it and writing it, while
-the next one is fetched.
+comes from there and goes back once: it stays in the cache between reading it and writing it. The
+next one is fetched meanwhile, half of it during each: a core waits for a few dozen lines at most,
+and who asks for more at a time stands still.
 """
 
 from typing import Final
@@ -23,15 +24,17 @@ from shared.kernels.cpu.decay import decay_channels
 from shared.kernels.cpu.elementary import exp, sigmoid
 from shared.kernels.cpu.normalization import normalize_gated
 from shared.kernels.cpu.rows import dense_row, fetch_row
-from shared.kernels.cpu.tiles import outer_tile
-from shared.kernels.cpu.vectors import LANES
+from shared.kernels.cpu.tiles import fetching_outer_tile
+from shared.kernels.cpu.vectors import LANES, LINE_BYTES
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
 WIDTH: Final = 4 * LANES
 """Values that are read at a time."""
-_READ = outer_tile(2, WIDTH // LANES)
+FETCHED_LINES: Final = 4 * WIDTH // LINE_BYTES // 2
+"""Of the next state while so much of a row is read: half as much."""
+_READ = fetching_outer_tile(2, WIDTH // LANES, lines=FETCHED_LINES)
 
 
 @kernel
@@ -126,7 +129,7 @@ def attend_head(
     for c in range(channels):
         product += q[c] * k[c]
     reads = np.zeros((2, values), np.float32)
-    _read(readers, state, reads)
+    _read(readers, state, reads, next_state)
     update, read = reads[0], reads[1]
     for n in range(values):
         update[n] = beta * (v[n] - update[n])
@@ -134,19 +137,20 @@ def attend_head(
     for n in range(values):
         output[n] = scale * (read[n] + product * update[n])
     for c in range(channels):
-        fetch_row(next_state, c)
+        if c % 2 == 0:  # The second half.
+            fetch_row(next_state, (channels + c) // 2)
         row, kept, key = state[c], decay[c], k[c]
         for n in range(values):
             row[n] = kept * row[n] + key * update[n]
 
 
 @part
-def _read(readers: Floats, state: Floats, reads: Floats) -> None:
-    """Add `readers @ state` to reads: k^T Z and q^T Z."""
+def _read(readers: Floats, state: Floats, reads: Floats, next_state: Floats) -> None:
+    """Add `readers @ state` to reads: k^T Z and q^T Z; the first half of another is fetched."""
     values = state.shape[1]
     whole = values // WIDTH * WIDTH
     for n in range(0, whole, WIDTH):
-        _READ(readers, state, reads, 0, n)
+        _READ(readers, state, reads, 0, n, next_state, n // WIDTH * state.shape[0] * FETCHED_LINES)
     for c in range(state.shape[0]):
         for reader in range(2):
             for n in range(whole, values):

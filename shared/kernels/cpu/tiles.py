@@ -18,11 +18,13 @@ from numba.extending import intrinsic
 
 from shared.kernels.cpu.vectors import (
     FLOAT,
+    INDEX,
     LANES,
     VECTOR,
     Arrays,
     accumulate,
     broadcast,
+    fetch,
     fma,
     loop,
     plus,
@@ -141,6 +143,35 @@ def outer_tile(rows: int, vectors: int) -> Tile:
 
 
 @cache
+def fetching_outer_tile(rows: int, vectors: int, *, lines: int) -> Tile:
+    """Make `tile(p, v, y, i, j, ahead, first)`, as `outer_tile`.
+
+    Meanwhile, for each row of v, so many lines of `ahead`, a matrix without gaps, are fetched into
+    a core's second cache: in the order of memory, from line `first` on.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(typing: Any, p: Any, v: Any, y: Any, i: Any, j: Any, ahead: Any, first: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            arrays = Arrays(context, builder, signature, arguments)
+            products = _WeightedRows(builder, arrays, arguments[3], arguments[4], rows, vectors)
+            ahead = arrays.rows(5)
+
+            def fetch_next(k: Any) -> None:
+                next_line = builder.add(arguments[6], builder.mul(k, ir.Constant(INDEX, lines)))
+                for n in range(lines):
+                    fetch(builder, ahead.line_address(plus(builder, next_line, n)), level=2)
+
+            products.store(products.added(products.p.length, meanwhile=fetch_next))
+            return context.get_dummy_value()
+
+        return types.void(p, v, y, types.intp, types.intp, ahead, types.intp), generate
+
+    made: Tile = tile
+    return made
+
+
+@cache
 def triangle_tile(rows: int, vectors: int, *, solves: bool = False) -> Tile:
     """Make `tile(p, v, y, i, j)`, an `outer_tile` of the first columns of p: as many as v has rows.
 
@@ -179,14 +210,24 @@ class _WeightedRows:
         self._targets = [self._y.address(plus(builder, i, m)) for m in range(rows)]
         self._columns = [plus(builder, j, n * LANES) for n in range(vectors)]
 
-    def added(self, count: Any) -> list[Any]:
-        """What is in y, and the sum over the first `count` columns of p."""
+    def added(self, count: Any, meanwhile: Callable[[Any], None] = lambda k: None) -> list[Any]:
+        """What is in y, and the sum over the first `count` columns of p.
+
+        Args:
+            count: of columns.
+            meanwhile: generates what else is done for each.
+        """
         before = [
             self._y.vector(target, column, None)
             for target in self._targets
             for column in self._columns
         ]
-        return loop(self._builder, count, 1, before, self._step)
+
+        def step(k: Any, sums: Sequence[Any]) -> list[Any]:
+            meanwhile(k)
+            return self._step(k, sums)
+
+        return loop(self._builder, count, 1, before, step)
 
     def _step(self, k: Any, sums: Sequence[Any]) -> list[Any]:
         row = self.v.address(k)

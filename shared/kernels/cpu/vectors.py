@@ -50,6 +50,10 @@ class Rows:
         """Where a row begins."""
         return self.builder.gep(self.data, [self.builder.mul(row, self.strides[0])])
 
+    def line_address(self, line: Any) -> Any:
+        """Where a line begins, of a matrix without gaps that begins with one."""
+        return self.builder.gep(self.data, [self.builder.mul(line, ir.Constant(INDEX, LINE_BYTES))])
+
     def element_address(self, row: Any, column: Any) -> Any:
         """Where an element of the row at this address is."""
         offset = self.builder.mul(column, self.strides[1])
