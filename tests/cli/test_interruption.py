@@ -9,8 +9,10 @@ from contextlib import contextmanager
 import pytest
 
 COMMAND = """
-import asyncio
+import asyncio, signal
 from services.cli.interruption import run_until_signal
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # What runs the tests may ignore it, as nohup does.
 
 async def work():
     try:
