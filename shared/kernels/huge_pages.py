@@ -32,6 +32,9 @@ def empty_in_huge_pages(
         shape: of the tensor.
         dtype: of its elements.
         device: None is the default one.
+
+    Raises:
+        RuntimeError: there is not so much memory.
     """
     device = device or torch.get_default_device()
     count = math.prod(shape)
@@ -39,7 +42,10 @@ def empty_in_huge_pages(
     if ADVICE is None or device.type != "cpu" or nbytes < HUGE_PAGE:
         return torch.empty(shape, dtype=dtype, device=device)
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    mapping = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=private)
+    try:
+        mapping = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=private)
+    except (OSError, OverflowError):  # There is no such room: torch's error says how much it is.
+        return torch.empty(shape, dtype=dtype, device=device)
     start = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % HUGE_PAGE
     with suppress(OSError):  # A system that was built without huge pages.
         mapping.madvise(ADVICE, start, nbytes // HUGE_PAGE * HUGE_PAGE)

@@ -1,5 +1,6 @@
 """Weights and states lie in huge pages where Linux has them, and otherwise are tensors as any."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from shared.kernels.huge_pages import ADVICE, HUGE_PAGE, empty_in_huge_pages
 ELEMENTS = HUGE_PAGE // 4
 """Of fp32, in a page."""
 
-with_huge_pages = pytest.mark.skipif(ADVICE is None, reason="the system has no huge pages")
+with_huge_pages = pytest.mark.skipif(
+    ADVICE is None or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="the system has no huge pages",
+)
 
 
 def mapping_of(address: int) -> dict[str, str]:
@@ -42,6 +46,12 @@ def test_a_device_with_memory_of_its_own_has_its_own_pages() -> None:
         assert empty_in_huge_pages(2, ELEMENTS, dtype=torch.float32).device.type == "meta"
     there = empty_in_huge_pages(2, ELEMENTS, dtype=torch.float32, device=torch.device("meta"))
     assert there.device.type == "meta"
+
+
+@pytest.mark.parametrize("shape", [(2**50,), (2**31, 2**31)])
+def test_too_large_a_tensor_is_refused_with_its_size(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match=str(math.prod(shape))):
+        empty_in_huge_pages(*shape, dtype=torch.int8)
 
 
 @with_huge_pages

@@ -85,6 +85,9 @@ def feed_forward(
 ) -> None:
     """Write what each token's experts make of it, summed by its shares.
 
+    Memory for what lies between its steps is given to it: what a kernel takes itself does not begin
+    with a line of the cache, and vectors of it would lie in two.
+
     Args:
         x: `[T, hidden]`.
         experts: `[T, k]`.

@@ -56,6 +56,7 @@ class Recording:
         self.calls.append((code, tuple(map(self._without_owner, arguments))))
 
     def _new_block(self, size: int) -> Block:
+        """Memory that begins with a line of the cache."""
         taken = -(-size // LINE_BYTES) * LINE_BYTES
         if taken > len(self._unused):
             self._unused = empty_in_huge_pages(max(taken, REGION_BYTES), dtype=torch.uint8).numpy()
