@@ -68,6 +68,7 @@ def attend_heads(
     for request in numba.prange(q.shape[0]):
         for head in range(q.shape[2]):
             own, following = states[request, head], states[request, (head + 1) % q.shape[2]]
+            scratch = np.empty(3 * own.shape[0] + 2 * own.shape[1], np.float32)
             for t in range(q.shape[1]):
                 attend_head(
                     q[request, t, head],
@@ -77,6 +78,7 @@ def attend_heads(
                     beta[request, t, head],
                     own,
                     following,
+                    scratch,
                     o[request, t, head],
                 )
 

@@ -24,17 +24,18 @@ from shared.kernels.cpu.decay import decay_channels
 from shared.kernels.cpu.elementary import exp, sigmoid
 from shared.kernels.cpu.normalization import normalize_gated
 from shared.kernels.cpu.rows import dense_row, fetch_row
-from shared.kernels.cpu.tiles import fetching_outer_tile
+from shared.kernels.cpu.tiles import fetching_outer_tile, fetching_rank_one_tile
 from shared.kernels.cpu.vectors import LANES, LINE_BYTES
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
 WIDTH: Final = 4 * LANES
-"""Values that are read at a time."""
+"""Values that are read, or advance, at a time."""
 FETCHED_LINES: Final = 4 * WIDTH // LINE_BYTES // 2
 """Of the next state while so much of a row is read: half as much."""
 _READ = fetching_outer_tile(2, WIDTH // LANES, lines=FETCHED_LINES)
+_ADVANCE = fetching_rank_one_tile(WIDTH // LANES, lines=FETCHED_LINES)
 
 
 @kernel
@@ -77,7 +78,10 @@ def attend_step(
         request, head = item // heads, item % heads
         following = min(item + 1, slots.shape[0] * heads - 1)
         own = slice(head * channels, (head + 1) * channels)
-        convolved, earlier = np.empty((3, channels), np.float32), inputs[slots[request]]
+        # In one piece: memory that is taken in many takes as long as a part of the computation.
+        scratch = np.empty(9 * channels, np.float32)
+        convolved, g = scratch[: 3 * channels].reshape(3, -1), scratch[3 * channels : 4 * channels]
+        earlier = inputs[slots[request]]
         for kind in range(3):
             first = (kind * heads + head) * channels
             convolve_channels(x, convolution, earlier, request, 0, first, convolved[kind])
@@ -88,7 +92,6 @@ def attend_step(
             fetch_row(upcoming, row)
         for kind in range(2):
             l2_normalize(convolved[kind], l2_epsilon)
-        g = np.empty(channels, np.float32)
         decay_channels(dense_row(raised, request)[own], bias[own], rate[head], g)
         attended = output[request, own]
         attend_head(
@@ -99,6 +102,7 @@ def attend_step(
             sigmoid(steps[request, head]),
             states[slots[request], head],
             states[slots[following // heads], following % heads],
+            scratch[4 * channels :],
             attended,
         )
         normalize_gated(attended, dense_row(gate, request)[own], norm, epsilon, attended)
@@ -113,12 +117,16 @@ def attend_head(
     beta: np.float32,
     state: Floats,
     next_state: Floats,
+    scratch: Floats,
     output: Floats,
 ) -> None:
-    """One head's output, `[V]`; its state `[K, V]` advances while the next one is fetched."""
+    """One head's output, `[V]`; its state `[K, V]` advances while the next one is fetched.
+
+    `scratch` is `[3 * K + 2 * V]`.
+    """
     channels, values = state.shape
-    decay = np.empty(channels, np.float32)
-    readers = np.empty((2, channels), np.float32)
+    decay, readers = scratch[:channels], scratch[channels : 3 * channels].reshape(2, -1)
+    reads = scratch[3 * channels :].reshape(2, -1)
     product = np.float32(0)
     for c in range(channels):
         decay[c] = exp(g[c])
@@ -128,7 +136,7 @@ def attend_head(
         readers[1, c] = q[c] * decay[c]
     for c in range(channels):
         product += q[c] * k[c]
-    reads = np.zeros((2, values), np.float32)
+    reads[:] = 0
     _read(readers, state, reads, next_state)
     update, read = reads[0], reads[1]
     for n in range(values):
@@ -136,22 +144,31 @@ def attend_head(
     scale = np.float32(1) / np.sqrt(np.float32(channels))
     for n in range(values):
         output[n] = scale * (read[n] + product * update[n])
-    for c in range(channels):
-        if c % 2 == 0:  # The second half.
-            fetch_row(next_state, (channels + c) // 2)
-        row, kept, key = state[c], decay[c], k[c]
-        for n in range(values):
-            row[n] = kept * row[n] + key * update[n]
+    _advance(decay, k, update, state, next_state)
 
 
 @part
 def _read(readers: Floats, state: Floats, reads: Floats, next_state: Floats) -> None:
     """Add `readers @ state` to reads: k^T Z and q^T Z; the first half of another is fetched."""
-    values = state.shape[1]
+    channels, values = state.shape
     whole = values // WIDTH * WIDTH
     for n in range(0, whole, WIDTH):
-        _READ(readers, state, reads, 0, n, next_state, n // WIDTH * state.shape[0] * FETCHED_LINES)
-    for c in range(state.shape[0]):
+        _READ(readers, state, reads, 0, n, next_state, n // WIDTH * channels * FETCHED_LINES)
+    for c in range(channels):
         for reader in range(2):
             for n in range(whole, values):
                 reads[reader, n] += readers[reader, c] * state[c, n]
+
+
+@part
+def _advance(decay: Floats, key: Floats, update: Floats, state: Floats, next_state: Floats) -> None:
+    """S = Z + k u^T; the second half of another state is fetched."""
+    channels, values = state.shape
+    whole = values // WIDTH * WIDTH
+    half = whole // WIDTH * channels * FETCHED_LINES
+    for n in range(0, whole, WIDTH):
+        first = half + n // WIDTH * channels * FETCHED_LINES
+        _ADVANCE(decay, key, update, state, n, next_state, first)
+    for c in range(channels):
+        for n in range(whole, values):
+            state[c, n] = decay[c] * state[c, n] + key[c] * update[n]

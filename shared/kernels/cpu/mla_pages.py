@@ -58,6 +58,7 @@ def attend_piece(
         mean: `[rows or more, R]`, sums of latents weighted so, to be written.
     """
     heads = rows // piece[TOKENS]
+    folded = np.empty(PAGE_TOKENS // 2, np.float32)
     mean[:] = 0
     total[:] = 0
     maximum[:] = -np.inf
@@ -71,7 +72,7 @@ def attend_piece(
         upcoming = (next_page - pages[page]) * PAGE_TOKENS
         _score_page(queries, block, rows, keys, scores, upcoming, next_keys)
         _hide_later(scores, rows, keys, position + 1 - start, heads)
-        _weigh(scores, rows, maximum, total, mean)
+        _weigh(scores, rows, maximum, total, mean, folded)
         _add_page(scores[:, :keys], block, rows, mean)
 
 
@@ -95,7 +96,6 @@ def _score_page(
 
     The latents from row `upcoming` on, counted from this page's, are fetched meanwhile.
     """
-    unscaled = np.empty(0, np.float32)
     tiles = -(-keys // KEYS) * -(-rows // ROWS)
     n = 0
     for key in range(0, keys, KEYS):
@@ -104,7 +104,8 @@ def _score_page(
             from_row = upcoming + upcoming_keys * n // tiles
             n += 1
             to_row = upcoming + upcoming_keys * n // tiles
-            _TILE(queries, block, unscaled, scores, row, first, False, from_row, to_row)
+            # The row of scores stands for scales, at which a tile of fp32 does not look.
+            _TILE(queries, block, scores[row], scores, row, first, False, from_row, to_row)
 
 
 @part
@@ -129,9 +130,13 @@ def _hide_later(scores: Floats, rows: int, keys: int, seen: int, heads: int) -> 
 
 
 @part
-def _weigh(scores: Floats, rows: int, maximum: Floats, total: Floats, mean: Floats) -> None:
-    """Make scores weights, e^(score - maximum), and bring sums to the new maximum."""
-    folded = np.empty(PAGE_TOKENS // 2, np.float32)
+def _weigh(
+    scores: Floats, rows: int, maximum: Floats, total: Floats, mean: Floats, folded: Floats
+) -> None:
+    """Make scores weights, e^(score - maximum), and bring sums to the new maximum.
+
+    `folded`, half a page, is scratch.
+    """
     for row in range(rows):
         own = scores[row]
         highest = max(maximum[row], _highest(own, folded))

@@ -22,6 +22,7 @@ from shared.kernels.cpu.vectors import (
     LANES,
     VECTOR,
     Arrays,
+    Rows,
     accumulate,
     broadcast,
     fetch,
@@ -158,9 +159,7 @@ def fetching_outer_tile(rows: int, vectors: int, *, lines: int) -> Tile:
             ahead = arrays.rows(5)
 
             def fetch_next(k: Any) -> None:
-                next_line = builder.add(arguments[6], builder.mul(k, ir.Constant(INDEX, lines)))
-                for n in range(lines):
-                    fetch(builder, ahead.line_address(plus(builder, next_line, n)), level=2)
+                _fetch_lines(builder, ahead, arguments[6], k, lines)
 
             products.store(products.added(products.p.length, meanwhile=fetch_next))
             return context.get_dummy_value()
@@ -169,6 +168,52 @@ def fetching_outer_tile(rows: int, vectors: int, *, lines: int) -> Tile:
 
     made: Tile = tile
     return made
+
+
+@cache
+def fetching_rank_one_tile(vectors: int, *, lines: int) -> Tile:
+    """Make `tile(d, p, v, y, j, ahead, first)`: rows of y decay, and a product is added to them.
+
+        y[:, j : j + width] = Diag(d) y[:, j : j + width] + p v[j : j + width]^T
+
+    The width is vectors * LANES. d, p and v are vectors without gaps, y has rows without gaps;
+    all are fp32. Meanwhile lines of `ahead` are fetched, as by `fetching_outer_tile`, for each row
+    of y.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(typing: Any, d: Any, p: Any, v: Any, y: Any, j: Any, ahead: Any, first: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            arrays = Arrays(context, builder, signature, arguments)
+            y, ahead = arrays.rows(3), arrays.rows(5)
+            columns = [plus(builder, arguments[4], n * LANES) for n in range(vectors)]
+            added = [arrays.elements(2, column, LANES) for column in columns]
+
+            def step(row: Any, _: Any) -> list[Any]:
+                _fetch_lines(builder, ahead, arguments[6], row, lines)
+                kept = broadcast(builder, arrays.element(0, row))
+                weight = broadcast(builder, arrays.element(1, row))
+                target = y.address(row)
+                for column, values in zip(columns, added, strict=True):
+                    decayed = builder.fmul(kept, y.vector(target, column, None))
+                    total = fma(builder, weight, values, decayed)
+                    y.store_vector(target, column, total)
+                return []
+
+            loop(builder, y.count, 1, [], step)
+            return context.get_dummy_value()
+
+        return types.void(d, p, v, y, types.intp, ahead, types.intp), generate
+
+    made: Tile = tile
+    return made
+
+
+def _fetch_lines(builder: Any, ahead: Rows, first: Any, k: Any, lines: int) -> None:
+    """Fetch the k-th so many lines of a matrix, from line `first` on, into the second cache."""
+    next_line = builder.add(first, builder.mul(k, ir.Constant(INDEX, lines)))
+    for n in range(lines):
+        fetch(builder, ahead.line_address(plus(builder, next_line, n)), level=2)
 
 
 @cache
