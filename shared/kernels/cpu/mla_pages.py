@@ -1,7 +1,7 @@
 """Attention of few queries to the latents of a request, page by page.
 
 A page is read from memory while the one before is computed with, and its latents are keys and
-values of all queries.
+values of all queries: its last part while scores are computed, its first during the sums.
 """
 
 import numpy as np
@@ -11,8 +11,8 @@ from shared.kernels.batch import PAGE_TOKENS
 from shared.kernels.cpu.compiled import part
 from shared.kernels.cpu.elementary import exp
 from shared.kernels.cpu.mla_pieces import LAST_PAGE, PAGE, TOKENS
-from shared.kernels.cpu.tiles import fetching_dot_tile, outer_tile
-from shared.kernels.cpu.vectors import LANES
+from shared.kernels.cpu.tiles import fetching_dot_tile, fetching_outer_tile
+from shared.kernels.cpu.vectors import LANES, LINE_BYTES
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int32] | NDArray[np.int64]
@@ -21,7 +21,9 @@ ROWS = 4
 KEYS, COLUMNS = (6, 4 * LANES) if LANES == 16 else (3, 2 * LANES)
 """Of tiles, queries by keys and queries by channels: what fits the registers."""
 _TILE = fetching_dot_tile(ROWS, KEYS, level=2)
-_SUM_TILE = outer_tile(ROWS, COLUMNS // LANES)
+_SUM_TILE = fetching_outer_tile(ROWS, COLUMNS // LANES, lines=1)
+LINE = LINE_BYTES // 4
+"""fp32 elements in a line of the cache."""
 
 
 @part
@@ -69,11 +71,16 @@ def attend_piece(
         next_page, next_keys = following, following_keys
         if page < piece[LAST_PAGE]:
             next_page, next_keys = pages[page + 1], keys_of(page + 1, length)
-        upcoming = (next_page - pages[page]) * PAGE_TOKENS
-        _score_page(queries, block, rows, keys, scores, upcoming, next_keys)
+        first = _keys_fetched_by_sums(rows, keys, mean.shape[1], latents.shape[1])
+        page_of_sums, tile_lines = next_page, keys
+        if first > next_keys:  # The sums fetch what is there, which costs next to nothing.
+            first, page_of_sums, tile_lines = 0, pages[page], 0
+        upcoming = (next_page - pages[page]) * PAGE_TOKENS + first
+        _score_page(queries, block, rows, keys, scores, upcoming, next_keys - first)
         _hide_later(scores, rows, keys, position + 1 - start, heads)
         _weigh(scores, rows, maximum, total, mean, folded)
-        _add_page(scores[:, :keys], block, rows, mean)
+        next_line = page_of_sums * PAGE_TOKENS * latents.shape[1] // LINE
+        _add_page(scores[:, :keys], block, rows, mean, latents, next_line, tile_lines)
 
 
 @part
@@ -109,13 +116,33 @@ def _score_page(
 
 
 @part
-def _add_page(weights: Floats, block: Floats, rows: int, mean: Floats) -> None:
-    """Add the weighted latents of a page."""
+def _keys_fetched_by_sums(rows: int, keys: int, rank: int, channels: int) -> int:
+    """Latents of the next page that `_add_page` fetches: a line for each key of each tile."""
+    tiles = rank // COLUMNS * -(-rows // ROWS)
+    return -(-tiles * keys * LINE // channels)
+
+
+@part
+def _add_page(
+    weights: Floats,
+    block: Floats,
+    rows: int,
+    mean: Floats,
+    latents: Floats,
+    next_line: int,
+    tile_lines: int,
+) -> None:
+    """Add the weighted latents of a page.
+
+    Meanwhile each tile fetches a line of the pool for each key, from `next_line` on, which is so
+    many further for the next tile.
+    """
     rank = mean.shape[1]
     wide = rank // COLUMNS * COLUMNS
     for column in range(0, wide, COLUMNS):
         for row in range(0, rows, ROWS):
-            _SUM_TILE(weights, block, mean, row, column)
+            _SUM_TILE(weights, block, mean, row, column, latents, next_line)
+            next_line += tile_lines
     add_columns(weights, block, mean, rows, wide, rank)
 
 
