@@ -25,14 +25,14 @@ from shared.kernels.cpu.elementary import exp, sigmoid
 from shared.kernels.cpu.normalization import normalize_gated
 from shared.kernels.cpu.rows import dense_row, fetch_row
 from shared.kernels.cpu.tiles import fetching_outer_tile, fetching_rank_one_tile
-from shared.kernels.cpu.vectors import LANES, LINE_BYTES
+from shared.kernels.cpu.vectors import LANES, LINE
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
 WIDTH: Final = 4 * LANES
 """Values that are read, or advance, at a time."""
-FETCHED_LINES: Final = 4 * WIDTH // LINE_BYTES // 2
+FETCHED_LINES: Final = WIDTH // LINE // 2
 """Of the next state while so much of a row is read: half as much."""
 _READ = fetching_outer_tile(2, WIDTH // LANES, lines=FETCHED_LINES)
 _ADVANCE = fetching_rank_one_tile(WIDTH // LANES, lines=FETCHED_LINES)
@@ -78,7 +78,7 @@ def attend_step(
         request, head = item // heads, item % heads
         following = min(item + 1, slots.shape[0] * heads - 1)
         own = slice(head * channels, (head + 1) * channels)
-        # In one piece: memory that is taken in many takes as long as a part of the computation.
+        # In one piece: each that is taken costs about 0.1 us, of 7 that a head takes.
         scratch = np.empty(9 * channels, np.float32)
         convolved, g = scratch[: 3 * channels].reshape(3, -1), scratch[3 * channels : 4 * channels]
         earlier = inputs[slots[request]]

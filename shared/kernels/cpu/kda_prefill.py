@@ -26,7 +26,7 @@ from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import exp
 from shared.kernels.cpu.rows import dense_row
 from shared.kernels.cpu.tiles import dot_tile, outer_tile, triangle_tile
-from shared.kernels.cpu.vectors import LANES
+from shared.kernels.cpu.vectors import LANES, LINE
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -38,8 +38,6 @@ ROWS: Final = 4
 """Of a tile, tokens or channels of the state: chunks are filled up to whole tiles."""
 WIDTH: Final = 2 * LANES
 """Of a tile, values."""
-LINE: Final = 16
-"""fp32 elements in a line of the cache."""
 
 _ADD = outer_tile(ROWS, 2)
 _ADD_EARLIER = triangle_tile(ROWS, 2)

@@ -12,7 +12,7 @@ from shared.kernels.cpu.compiled import part
 from shared.kernels.cpu.elementary import exp
 from shared.kernels.cpu.mla_pieces import LAST_PAGE, PAGE, TOKENS
 from shared.kernels.cpu.tiles import fetching_dot_tile, fetching_outer_tile
-from shared.kernels.cpu.vectors import LANES, LINE_BYTES
+from shared.kernels.cpu.vectors import LANES, LINE
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int32] | NDArray[np.int64]
@@ -22,8 +22,6 @@ KEYS, COLUMNS = (6, 4 * LANES) if LANES == 16 else (3, 2 * LANES)
 """Of tiles, queries by keys and queries by channels: what fits the registers."""
 _TILE = fetching_dot_tile(ROWS, KEYS, level=2)
 _SUM_TILE = fetching_outer_tile(ROWS, COLUMNS // LANES, lines=1)
-LINE = LINE_BYTES // 4
-"""fp32 elements in a line of the cache."""
 
 
 @part
@@ -134,8 +132,8 @@ def _add_page(
 ) -> None:
     """Add the weighted latents of a page.
 
-    Meanwhile each tile fetches a line of the pool for each key, from `next_line` on, which is so
-    many further for the next tile.
+    Meanwhile each tile fetches a line of the pool for each key: from `next_line` on, and each next
+    tile `tile_lines` further.
     """
     rank = mean.shape[1]
     wide = rank // COLUMNS * COLUMNS

@@ -16,6 +16,8 @@ LANES: Final = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 LINE_BYTES: Final = 64
 """Of the cache."""
+LINE: Final = LINE_BYTES // 4
+"""fp32 elements in a line of the cache."""
 
 FLOAT: Final = ir.FloatType()
 VECTOR: Final = ir.VectorType(FLOAT, LANES)
