@@ -52,21 +52,20 @@ def kernels_for(device_type: str, dtype: WeightDType) -> Kernels:
 
 def _compiled(
     dtype: torch.dtype,
-    form: Callable[[Tensor], Matrix],
-    linear: Callable[[Matrix], Linear] = TiledLinear,
-    experts: Callable[[Matrix, Matrix], Experts] = TiledExperts,
+    linear: Callable[[Tensor], Linear],
+    experts: Callable[[Tensor, Tensor], Experts],
 ) -> Kernels:
-    """Kernels for weights in a form that they read, and what multiplies them."""
+    """Kernels for weights that are loaded in a dtype, and what multiplies them."""
     return Kernels(
         loaded_dtype=dtype,
         activation_dtype=torch.float32,
         state_dtype="float32",
-        embedding=lambda weight: EmbeddingRows(Matrix.of(weight)),
-        linear=lambda weight: linear(form(weight)),
+        embedding=EmbeddingRows,
+        linear=linear,
         choose_experts=choose_experts,
-        experts=lambda gate_and_up, down: experts(form(gate_and_up), form(down)),
+        experts=experts,
         feed_forward=lambda gate_and_up, down: DenseFeedForward(
-            experts(form(gate_and_up.unsqueeze(0)), form(down.unsqueeze(0)))
+            experts(gate_and_up.unsqueeze(0), down.unsqueeze(0))
         ),
         kda=kda,
         store_latents=store_latents,
@@ -77,24 +76,33 @@ def _compiled(
     )
 
 
+def _tiled(dtype: torch.dtype, form: Callable[[Tensor], Matrix]) -> Kernels:
+    """Kernels for weights in a form of `Matrix`."""
+    return _compiled(
+        dtype,
+        lambda weight: TiledLinear(form(weight)),
+        lambda gate_and_up, down: TiledExperts(gate_and_up, down, form),
+    )
+
+
 _CPU: Final[dict[WeightDType, Kernels]] = {
-    "float32": _compiled(torch.float32, Matrix.of),
-    "bfloat16": _compiled(torch.bfloat16, Matrix.of),
-    "int8": _compiled(torch.float32, Matrix.rounded),
+    "float32": _tiled(torch.float32, Matrix.of),
+    "bfloat16": _tiled(torch.bfloat16, Matrix.of),
+    "int8": _tiled(torch.float32, Matrix.rounded),
 }
 
 
-def _linear_on_units(weight: Matrix) -> Linear:
-    return MatrixUnitLinear(weight) if fits_units(weight) else TiledLinear(weight)
+def _linear_on_units(weight: Tensor) -> Linear:
+    return MatrixUnitLinear(weight) if fits_units(weight) else _CPU["bfloat16"].linear(weight)
 
 
-def _experts_on_units(gate_and_up: Matrix, down: Matrix) -> Experts:
+def _experts_on_units(gate_and_up: Tensor, down: Tensor) -> Experts:
     fit = fits_units(gate_and_up) and fits_units(down)
-    return (MatrixUnitExperts if fit else TiledExperts)(gate_and_up, down)
+    return (MatrixUnitExperts if fit else _CPU["bfloat16"].experts)(gate_and_up, down)
 
 
 _MATRIX_UNITS: Final = replace(
-    _compiled(torch.bfloat16, Matrix.of, linear=_linear_on_units, experts=_experts_on_units),
+    _compiled(torch.bfloat16, _linear_on_units, _experts_on_units),
     latent_attention=matrix_units_mla.latent_attention,
 )
 """bf16 on processors that have units for products of such matrices."""

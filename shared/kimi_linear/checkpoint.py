@@ -34,8 +34,8 @@ def load_weights(
 ) -> ModelWeights:
     """Load a checkpoint, one file or sharded, in fp32, bf16 or fp16.
 
-    It takes the memory of the result and of one tensor more: files are mapped, and every tensor is
-    copied once.
+    It takes the memory of the result and of one tensor more: files are mapped, every tensor is
+    copied from them once, and the kernels may bring it into a form of theirs.
 
     Args:
         directory: holds `model.safetensors`, or `model.safetensors.index.json` and what it names.

@@ -1,4 +1,4 @@
-"""The weight files of a model directory, mapped: a tensor is copied once, to where it stays."""
+"""The weight files of a model directory, mapped: a tensor is copied once, to where it is wanted."""
 
 import math
 import os

@@ -12,24 +12,16 @@ from torch.nn import functional
 from shared.kernels.cpu.feed_forward import DenseFeedForward, TiledExperts
 from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.linear import Experts
+from tests.kernels.matrices import rounded
 
 EXPERTS, HIDDEN, WIDTH, CHOICES = 8, 24, 16, 3
 
 
 FORMS: dict[str, Callable[[Tensor, Tensor], Experts]] = {
-    "float32": lambda up, down: TiledExperts(Matrix.of(up), Matrix.of(down)),
-    "bfloat16": lambda up, down: TiledExperts(Matrix.of(up.bfloat16()), Matrix.of(down.bfloat16())),
-    "int8": lambda up, down: TiledExperts(Matrix.rounded(up), Matrix.rounded(down)),
+    "float32": lambda up, down: TiledExperts(up, down, Matrix.of),
+    "bfloat16": lambda up, down: TiledExperts(up.bfloat16(), down.bfloat16(), Matrix.of),
+    "int8": lambda up, down: TiledExperts(up, down, Matrix.rounded),
 }
-
-
-def rounded(weight: Tensor, form: str) -> Tensor:
-    """The numbers that a form of the weights holds."""
-    if form == "int8":
-        matrix = Matrix.rounded(weight)
-        scales = torch.from_numpy(matrix.scales).double()
-        return torch.from_numpy(matrix.values).double() * scales.unsqueeze(-1)
-    return weight.bfloat16().double() if form == "bfloat16" else weight.double()
 
 
 @pytest.fixture
@@ -115,7 +107,7 @@ def test_what_experts_make_of_a_token_is_bit_for_bit_the_same_in_any_batch(
 def test_a_dense_part_is_a_mixture_of_one(weights: tuple[Tensor, Tensor], tokens: int) -> None:
     x = torch.randn(tokens, HIDDEN)
     (gate_and_up, *_), (down, *_) = weights
-    one = TiledExperts(Matrix.of(gate_and_up.unsqueeze(0)), Matrix.of(down.unsqueeze(0)))
+    one = TiledExperts(gate_and_up.unsqueeze(0), down.unsqueeze(0), Matrix.of)
     gate, up = (x.double() @ gate_and_up.double().T).chunk(2, dim=-1)
     expected = (functional.silu(gate) * up) @ down.double().T
     output = DenseFeedForward(one)(x)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from shared.kernels.cpu.linear import TiledLinear
 from shared.kernels.cpu.matrix import Matrix
-from shared.kernels.cpu.products import BLOCK_BYTES, WIDTH, column_block, multiply
+from shared.kernels.cpu.products import multiply
 from shared.kernels.linear import Linear
+from tests.kernels.matrices import rounded, unpacked
 
 INPUTS, OUTPUTS = 576, 320
 INT8_ERROR = 0.02
@@ -23,15 +24,6 @@ FORMS: dict[str, Callable[[Tensor], Linear]] = {
     "bfloat16": lambda weight: TiledLinear(Matrix.of(weight.bfloat16())),
     "int8": lambda weight: TiledLinear(Matrix.rounded(weight)),
 }
-
-
-def rounded(weight: Tensor, form: str) -> Tensor:
-    """The numbers that a form of a matrix holds."""
-    if form == "int8":
-        matrix = Matrix.rounded(weight)
-        scales = torch.from_numpy(matrix.scales).double()
-        return torch.from_numpy(matrix.values).double() * scales.unsqueeze(-1)
-    return weight.bfloat16().double() if form == "bfloat16" else weight.double()
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -54,8 +46,8 @@ def test_only_the_weights_are_rounded(weight: Tensor, form: str, rows: int) -> N
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 70),
-    inputs=st.integers(1, 40) | st.integers(760, 780) | st.just(1600),
+    rows=st.integers(1, 160),
+    inputs=st.integers(1, 40) | st.integers(380, 390) | st.just(1600),
     outputs=st.integers(1, 80),
     form=st.sampled_from(sorted(FORMS)),
     threads=st.integers(1, 3),
@@ -71,12 +63,12 @@ def test_any_shape_is_multiplied_whatever_is_left_over_at_the_edges(
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows=st.integers(1, 70), outputs=st.integers(1, 80), block=st.integers(1, 30))
-def test_nothing_is_written_beside_the_product(rows: int, outputs: int, block: int) -> None:
+@given(rows=st.integers(1, 70), outputs=st.integers(1, 80), threads=st.integers(1, 3))
+def test_nothing_is_written_beside_the_product(rows: int, outputs: int, threads: int) -> None:
     frame = np.full((rows + 2, outputs + 2), np.nan, np.float32)
     x, weight = torch.randn(rows, 24), Matrix.of(torch.randn(outputs, 24))
     product = frame[1:-1, 1:-1]
-    multiply(x.numpy(), weight.values, weight.scales, product, block)
+    multiply(x.numpy(), weight.values, weight.scales, product, threads)
     assert not np.isnan(product).any()
     assert np.isnan(frame).sum() == frame.size - product.size
 
@@ -104,20 +96,16 @@ def test_a_part_of_a_wider_projection_is_multiplied_by_itself(weight: Tensor) ->
     assert torch.equal(linear(part), linear(part.clone()))
 
 
-@given(outputs=st.integers(1, 10_000), inputs=st.integers(1, 10_000), threads=st.integers(1, 64))
-def test_blocks_are_whole_tiles_and_even_among_threads(
-    outputs: int, inputs: int, threads: int
-) -> None:
-    block = column_block(outputs, 4 * inputs, threads)
-    assert block % WIDTH == 0
-    assert 0 < block < outputs / threads + WIDTH
-    assert block == WIDTH or block * 4 * inputs <= BLOCK_BYTES + WIDTH * 4 * inputs
+@pytest.mark.parametrize("shape", [(64, 5), (33, 7), (1, 3), (3, 70, 4)])
+def test_a_matrix_in_panels_is_the_matrix(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    assert torch.equal(unpacked(Matrix.of(weight)).view(shape), weight)
 
 
 def test_int8_rounds_to_the_nearest_of_127_steps() -> None:
     weight = torch.tensor([[1.0, -0.5, 0.004], [0.0, 0.0, 0.0]])
     matrix = Matrix.rounded(weight)
-    assert matrix.values.tolist() == [[127, -64, 1], [0, 0, 0]]
+    assert unpacked(matrix).squeeze(0).tolist() == [[127, -64, 1], [0, 0, 0]]
     assert matrix.scales[0] == np.float32(1 / 127)
 
 

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from shared.kernels.batch import Batch, Placement
 from shared.kernels.cpu import mla
-from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.cpu.matrix_units.feed_forward import MatrixUnitExperts
 from shared.kernels.cpu.matrix_units.linear import MatrixUnitLinear, has_matrix_units
 from shared.kernels.cpu.matrix_units.mla import latent_attention
@@ -39,7 +38,7 @@ def test_of_any_shape_only_the_activations_are_rounded(
 ) -> None:
     torch.set_num_threads(threads)
     weight, x = torch.randn(outputs, 32 * steps).bfloat16(), torch.randn(rows, 32 * steps)
-    product = MatrixUnitLinear(Matrix.of(weight))(x)
+    product = MatrixUnitLinear(weight)(x)
     expected = x.bfloat16().double() @ weight.double().T
     torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
 
@@ -48,9 +47,9 @@ def test_of_any_shape_only_the_activations_are_rounded(
 @given(rows=st.integers(1, 70), outputs=st.integers(32, 80), block=st.sampled_from([32, 64]))
 def test_nothing_is_written_beside_the_product(rows: int, outputs: int, block: int) -> None:
     frame = np.full((rows + 2, outputs + 2), np.nan, np.float32)
-    x, weight = torch.randn(rows, 32), Matrix.of(torch.randn(outputs, 32).bfloat16())
+    x, weight = torch.randn(rows, 32), torch.randn(outputs, 32).bfloat16()
     product = frame[1:-1, 1:-1]
-    multiply(x.numpy(), weight.values, product, block)
+    multiply(x.numpy(), weight.view(torch.uint16).numpy(), product, block)
     assert not np.isnan(product).any()
     assert np.isnan(frame).sum() == frame.size - product.size
 
@@ -60,12 +59,12 @@ def test_activations_are_rounded_to_the_nearest_and_of_two_to_the_even_one() -> 
     x = torch.ones(1, 32)
     x[0, :6] = torch.tensor([1 + ulp / 2, 1 + 3 * ulp / 2, 1 + ulp * 0.51, 1 - ulp / 8, 3e38, -0.0])
     identity = torch.eye(32).bfloat16()
-    assert torch.equal(MatrixUnitLinear(Matrix.of(identity))(x), x.bfloat16().float())
+    assert torch.equal(MatrixUnitLinear(identity)(x), x.bfloat16().float())
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row(weight: Tensor, wrong: float) -> None:
-    linear, x = MatrixUnitLinear(Matrix.of(weight)), torch.randn(40, 576)
+    linear, x = MatrixUnitLinear(weight), torch.randn(40, 576)
     expected = linear(x)
     x[17, 3] = wrong
     product = linear(x)
@@ -75,7 +74,7 @@ def test_what_is_no_number_stays_in_its_row(weight: Tensor, wrong: float) -> Non
 
 
 def test_a_row_is_bit_for_bit_the_same_in_any_batch(weight: Tensor) -> None:
-    linear, x = MatrixUnitLinear(Matrix.of(weight)), torch.randn(300, 576)
+    linear, x = MatrixUnitLinear(weight), torch.randn(300, 576)
     together = linear(x)
     for first, stop in ((0, 1), (1, 3), (299, 300), (0, 64), (7, 290)):
         assert torch.equal(linear(x[first:stop]), together[first:stop])
@@ -83,13 +82,13 @@ def test_a_row_is_bit_for_bit_the_same_in_any_batch(weight: Tensor) -> None:
 
 def test_a_part_of_a_wider_projection_is_multiplied_by_itself(weight: Tensor) -> None:
     wide = torch.randn(5, 600)
-    linear = MatrixUnitLinear(Matrix.of(weight))
+    linear = MatrixUnitLinear(weight)
     part = wide[:, 8:584]
     assert torch.equal(linear(part), linear(part.clone()))
 
 
 def test_other_libraries_find_the_units_as_they_left_them(weight: Tensor) -> None:
-    x, ours = torch.randn(64, 576), MatrixUnitLinear(Matrix.of(weight))
+    x, ours = torch.randn(64, 576), MatrixUnitLinear(weight)
     expected = functional.linear(x.bfloat16(), weight)
     for _ in range(3):
         product = ours(x)
@@ -136,14 +135,14 @@ def test_any_choice_is_the_plain_sum(tokens: int, among: set[int], threads: int,
     order = torch.rand(tokens, len(among)).argsort(dim=-1)[:, :CHOICES]
     x, experts = torch.randn(tokens, HIDDEN), torch.tensor(sorted(among))[order]
     shares = torch.rand(tokens, CHOICES)
-    output = MatrixUnitExperts(Matrix.of(gate_and_up), Matrix.of(down))(x, experts, shares)
+    output = MatrixUnitExperts(gate_and_up, down)(x, experts, shares)
     expected = rounded_sum(x, experts, shares, gate_and_up, down)
     # Of sums that fp32 and fp64 round to different bf16, a few thousandths remain.
     torch.testing.assert_close(output.double(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_what_experts_make_of_a_token_is_bit_for_bit_the_same_in_any_batch() -> None:
-    made = MatrixUnitExperts(*map(Matrix.of, expert_weights()))
+    made = MatrixUnitExperts(*expert_weights())
     x, experts = torch.randn(90, HIDDEN), torch.rand(90, EXPERTS).argsort(dim=-1)[:, :CHOICES]
     shares = torch.rand(90, CHOICES)
     together = made(x, experts, shares)

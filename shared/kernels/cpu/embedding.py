@@ -4,12 +4,12 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.kernels.cpu.compiled import kernel
 from shared.kernels.cpu.elementary import widened
-from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.cpu.recording import empty
 
 Floats = NDArray[np.float32]
@@ -19,8 +19,9 @@ Indices = NDArray[np.int64]
 class EmbeddingRows:
     """See `Embedding`; of a matrix in fp32 or bf16, and given as fp32."""
 
-    def __init__(self, matrix: Matrix) -> None:
-        self._values = matrix.values
+    def __init__(self, matrix: Tensor) -> None:
+        narrow = matrix.view(torch.uint16) if matrix.dtype == torch.bfloat16 else matrix
+        self._values = narrow.numpy()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """See `Embedding`."""

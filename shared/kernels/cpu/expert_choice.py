@@ -9,8 +9,8 @@ from torch import Tensor
 
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import sigmoid
-from shared.kernels.cpu.products import Floats, multiply_columns
 from shared.kernels.cpu.recording import empty, empty_indices
+from shared.kernels.cpu.row_products import Floats, multiply_rows
 from shared.kernels.expert_choice import ExpertChoice
 
 Indices = NDArray[np.int64]
@@ -57,7 +57,7 @@ def _choose(
     for n in numba.prange((x.shape[0] + TOKENS - 1) // TOKENS):
         first, stop = n * TOKENS, min(x.shape[0], (n + 1) * TOKENS)
         scores = np.empty((stop - first, router.shape[0]), np.float32)
-        multiply_columns(x[first:stop], router, bias, scores, 0, router.shape[0], 0)
+        multiply_rows(x[first:stop], router, scores)
         biased = np.empty(router.shape[0], np.float32)
         for token in range(stop - first):
             own = scores[token]

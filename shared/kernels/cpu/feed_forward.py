@@ -4,6 +4,8 @@ Every thread computes a range of the channels for all tokens, so that the work i
 tokens have chosen: first of the hidden channels, then of the outputs.
 """
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import silu
 from shared.kernels.cpu.matrix import Matrix
-from shared.kernels.cpu.products import Floats, Weights, column_block, multiply_columns
+from shared.kernels.cpu.panel_tile import PANEL
+from shared.kernels.cpu.products import Floats, Weights, multiply_panels, panels_of
 from shared.kernels.cpu.recording import empty
 from shared.kernels.linear import Experts
 
@@ -23,13 +26,12 @@ Indices = NDArray[np.int64]
 class TiledExperts:
     """See `Experts`."""
 
-    def __init__(self, gate_and_up: Matrix, down: Matrix) -> None:
+    def __init__(self, gate_and_up: Tensor, down: Tensor, form: Callable[[Tensor], Matrix]) -> None:
         """Keep E parts: gate above up `[E, 2 * I, hidden]`, and down `[E, hidden, I]`."""
-        self._gate_and_up = gate_and_up
-        self._down = down
-        threads = torch.get_num_threads()
-        self._hidden_block = column_block(gate_and_up.outputs // 2, gate_and_up.row_bytes, threads)
-        self._output_block = column_block(down.outputs, down.row_bytes, threads)
+        # Gates and ups are matrices of their own: no panel has some of both.
+        self._gates_and_ups = form(gate_and_up.reshape(-1, down.shape[2], down.shape[1]))
+        self._down = form(down)
+        self._count = down.shape[0]
 
     def __call__(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """See `Experts`."""
@@ -39,8 +41,9 @@ class TiledExperts:
             x.numpy(),
             experts.numpy(),
             shares.numpy(),
-            self._gate_and_up.values,
-            self._gate_and_up.scales,
+            self._count,
+            self._gates_and_ups.values,
+            self._gates_and_ups.scales,
             self._down.values,
             self._down.scales,
             empty(choices, x.shape[1]).numpy(),
@@ -48,8 +51,7 @@ class TiledExperts:
             empty(choices, width).numpy(),
             empty(choices, x.shape[1]).numpy(),
             output.numpy(),
-            self._hidden_block,
-            self._output_block,
+            torch.get_num_threads(),
         )
         return output
 
@@ -71,17 +73,17 @@ def feed_forward(
     x: Floats,
     experts: Indices,
     shares: Floats,
-    gate_and_up: Weights,
-    gate_and_up_scales: Floats,
+    count: int,
+    gates_and_ups: Weights,
+    raising_scales: Floats,
     down: Weights,
-    down_scales: Floats,
+    lowering_scales: Floats,
     rows: Floats,
     raised: Floats,
     hidden: Floats,
     answers: Floats,
     y: Floats,
-    hidden_block: int,
-    output_block: int,
+    threads: int,
 ) -> None:
     """Write what each token's experts make of it, summed by its shares.
 
@@ -92,44 +94,43 @@ def feed_forward(
         x: `[T, hidden]`.
         experts: `[T, k]`.
         shares: `[T, k]`.
-        gate_and_up: `[E, 2 * I, hidden]`.
-        gate_and_up_scales: `[E, 2 * I]`, of int8.
-        down: `[E, hidden, I]`.
-        down_scales: `[E, hidden]`, of int8.
+        count: E, experts that there are.
+        gates_and_ups: 2 * E matrices `[I, hidden]`, gate and up of each expert in turn, as panels.
+        raising_scales: of gates and ups, of int8.
+        down: E matrices `[hidden, I]`, as panels.
+        lowering_scales: of down, of int8.
         rows: `[T * k, hidden]`, for the tokens of all choices, sorted by expert.
         raised: `[T * k, 2 * I]`, for gates and ups.
         hidden: `[T * k, I]`, for what they make of each other.
         answers: `[T * k, hidden]`.
         y: `[T, hidden]`.
-        hidden_block: channels of I that a thread computes at a time.
-        output_block: outputs that a thread computes at a time.
+        threads: that channels are spread over.
     """
-    starts, tokens, place = sort_choices(experts, down.shape[0])
+    starts, tokens, place = sort_choices(experts, count)
     used = np.flatnonzero(np.diff(starts))
-    width, outputs = down.shape[2], down.shape[1]
-    # One matrix above the other: while one is multiplied, the next is fetched.
-    raising, raising_scales = gate_and_up.reshape(-1, x.shape[1]), gate_and_up_scales.reshape(-1)
-    lowering, lowering_scales = down.reshape(-1, width), down_scales.reshape(-1)
+    width, outputs = hidden.shape[1], y.shape[1]
     for choice in numba.prange(tokens.shape[0]):
         copy_row(x, tokens[choice], rows, choice)
-    for n in numba.prange((width + hidden_block - 1) // hidden_block):
-        first, stop = n * hidden_block, min(width, (n + 1) * hidden_block)
+    panels = panels_of(width)
+    for thread in numba.prange(threads):
+        first, stop = panels * thread // threads, panels * (thread + 1) // threads
         for m in range(used.shape[0]):
-            e, further = used[m], used[min(m + 1, used.shape[0] - 1)] - used[m]
+            e, next_e = used[m], used[min(m + 1, used.shape[0] - 1)]
             own, above = rows[starts[e] : starts[e + 1]], raised[starts[e] : starts[e + 1]]
-            w, scales = raising[2 * width * e :], raising_scales[2 * width * e :]
-            multiply_columns(own, w, scales, above, first, stop, width + first)
-            up, following = width + first, 2 * width * further + first
-            multiply_columns(own, w, scales, above, up, width + stop, following)
-        activate(raised, hidden, first, stop)
-    for n in numba.prange((outputs + output_block - 1) // output_block):
-        first, stop = n * output_block, min(outputs, (n + 1) * output_block)
+            gate, up, next_gate = 2 * panels * e, panels * (2 * e + 1), 2 * panels * next_e
+            w, scales = gates_and_ups, raising_scales
+            multiply_panels(own, w, scales, above[:, :width], gate, first, stop, up + first)
+            multiply_panels(own, w, scales, above[:, width:], up, first, stop, next_gate + first)
+        activate(raised, hidden, first * PANEL, min(width, stop * PANEL))
+    panels = panels_of(outputs)
+    for thread in numba.prange(threads):
+        first, stop = panels * thread // threads, panels * (thread + 1) // threads
         for m in range(used.shape[0]):
-            e, further = used[m], used[min(m + 1, used.shape[0] - 1)] - used[m]
+            e, next_e = used[m], used[min(m + 1, used.shape[0] - 1)]
             own, answer = hidden[starts[e] : starts[e + 1]], answers[starts[e] : starts[e + 1]]
-            w, scales = lowering[outputs * e :], lowering_scales[outputs * e :]
-            multiply_columns(own, w, scales, answer, first, stop, outputs * further + first)
-        add_up(answers, place, shares, y, first, stop)
+            matrix, following = panels * e, panels * next_e + first
+            multiply_panels(own, down, lowering_scales, answer, matrix, first, stop, following)
+        add_up(answers, place, shares, y, first * PANEL, min(outputs, stop * PANEL))
 
 
 @part

@@ -217,15 +217,15 @@ def _scale(x: Floats, factors: Floats) -> None:
 def _multiply_blocks(x: Floats, keys_to_end: Floats, first: int, middle: int, stop: int) -> None:
     """Products of rows [middle, stop) with keys [first, middle), put beside these rows."""
     channels = keys_to_end.shape[1]
-    rows, products, unscaled = x[:, :channels], x[:, channels:], keys_to_end[0]
+    rows, products = x[:, :channels], x[:, channels:]
     if middle - first < ROWS:
         for i in range(middle, stop):
             for j in range(first, middle):
-                _PRODUCT(rows, keys_to_end, unscaled, products, i, j, False)
+                _PRODUCT(rows, keys_to_end, products, i, j)
     else:
         for i in range(middle, stop, ROWS):
             for j in range(first, middle, 2):
-                _PRODUCTS(rows, keys_to_end, unscaled, products, i, j, False)
+                _PRODUCTS(rows, keys_to_end, products, i, j)
 
 
 @part

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shared.kernels.batch import PAGE_TOKENS
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import exp
-from shared.kernels.cpu.mla_pages import COLUMNS, KEYS, ROWS, add_columns, attend_piece, keys_of
+from shared.kernels.cpu.mla_pages import COLUMNS, ROWS, add_columns, attend_piece, keys_of
 from shared.kernels.cpu.mla_pieces import (
     PAGE,
     REQUEST,
@@ -28,8 +28,8 @@ from shared.kernels.cpu.mla_pieces import (
     rows_of,
     spread,
 )
-from shared.kernels.cpu.products import multiply_columns
-from shared.kernels.cpu.tiles import dot_tile, outer_tile
+from shared.kernels.cpu.row_products import multiply_rows
+from shared.kernels.cpu.tiles import outer_tile
 from shared.kernels.cpu.vectors import LANES
 
 Floats = NDArray[np.float32]
@@ -38,7 +38,6 @@ Indices = NDArray[np.int32] | NDArray[np.int64]
 CHUNK_TOKENS: Final = 32
 """Tokens whose queries are taken to the latents, or mean latents to values, at a time."""
 ROW_COLUMNS: Final = 8 * LANES
-_TILE = dot_tile(ROWS, KEYS)
 _SUM_TILE = outer_tile(ROWS, COLUMNS // LANES)
 _SUM_ROW = outer_tile(1, ROW_COLUMNS // LANES)
 _SUM_SHORT_ROW = outer_tile(1, COLUMNS // LANES)
@@ -201,19 +200,7 @@ def _merge(
 def _to_values(mean: Floats, value_up: Floats, rows: Indices, head: int, output: Floats) -> None:
     """Write the values of some tokens' mean latents."""
     values = np.empty((mean.shape[0], value_up.shape[0]), np.float32)
-    _multiply(mean, value_up, values)
+    multiply_rows(mean, value_up, values)
     for token in range(mean.shape[0]):
         for channel in range(values.shape[1]):
             output[rows[token], head, channel] = values[token, channel]
-
-
-@part
-def _multiply(x: Floats, w: Floats, y: Floats) -> None:
-    """Write `x @ w.T`; the last tile of a row overlaps the one before."""
-    unscaled = np.empty(0, np.float32)
-    columns = w.shape[0]
-    rows = x.shape[0] // ROWS * ROWS if columns >= KEYS else 0
-    for row in range(0, rows, ROWS):
-        for column in range(0, columns, KEYS):
-            _TILE(x, w, unscaled, y, row, min(column, columns - KEYS), False)
-    multiply_columns(x[rows:], w, unscaled, y[rows:], 0, columns, 0)

@@ -20,7 +20,7 @@ Indices = NDArray[np.int32] | NDArray[np.int64]
 ROWS = 4
 KEYS, COLUMNS = (6, 4 * LANES) if LANES == 16 else (3, 2 * LANES)
 """Of tiles, queries by keys and queries by channels: what fits the registers."""
-_TILE = fetching_dot_tile(ROWS, KEYS, level=2)
+_TILE = fetching_dot_tile(ROWS, KEYS)
 _SUM_TILE = fetching_outer_tile(ROWS, COLUMNS // LANES, lines=1)
 
 
@@ -109,8 +109,7 @@ def _score_page(
             from_row = upcoming + upcoming_keys * n // tiles
             n += 1
             to_row = upcoming + upcoming_keys * n // tiles
-            # The row of scores stands for scales, at which a tile of fp32 does not look.
-            _TILE(queries, block, scores[row], scores, row, first, False, from_row, to_row)
+            _TILE(queries, block, scores, row, first, from_row, to_row)
 
 
 @part

@@ -1,4 +1,4 @@
-"""The innermost loops of all matrix products on CPUs: a tile of the result in vector registers.
+"""The innermost loops of products of activations and states: a tile of the result in registers.
 
 A tile has few enough elements to stay in registers while operands stream through. Each of its
 elements is summed in an order that depends on the length of the sum alone, so a row of a product is
@@ -17,7 +17,6 @@ from numba import types
 from numba.extending import intrinsic
 
 from shared.kernels.cpu.vectors import (
-    FLOAT,
     INDEX,
     LANES,
     VECTOR,
@@ -37,66 +36,53 @@ Tile = Callable[..., None]
 
 @cache
 def dot_tile(rows: int, columns: int) -> Tile:
-    """Make `tile(x, w, scales, y, i, j, adds)`, products of rows with rows.
+    """Make `tile(x, w, y, i, j)`, products of rows with rows.
 
         y[i : i + rows, j : j + columns] = x[i : i + rows] @ w[j : j + columns].T
 
-    x `[*, K]` and y are fp32. w `[*, K]` is fp32, bf16 (as uint16) or int8; int8 sums are
-    multiplied by `scales` `[*]`, fp32, one of each row of w, which is not looked at otherwise.
-    If `adds`, products are added to what is in y.
+    x `[*, K]`, w `[*, K]` and y are fp32.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def tile(typing: Any, x: Any, w: Any, scales: Any, y: Any, i: Any, j: Any, adds: Any) -> Any:
-        signature = types.void(x, w, scales, y, types.intp, types.intp, types.boolean)
-        return signature, _dot_products(rows, columns, fetch_level=None)
+    def tile(typing: Any, x: Any, w: Any, y: Any, i: Any, j: Any) -> Any:
+        signature = types.void(x, w, y, types.intp, types.intp)
+        return signature, _dot_products(rows, columns, fetches=False)
 
     made: Tile = tile
     return made
 
 
 @cache
-def fetching_dot_tile(rows: int, columns: int, *, level: int) -> Tile:
-    """Make `tile(x, w, scales, y, i, j, adds, first, stop)`, as `dot_tile`.
+def fetching_dot_tile(rows: int, columns: int) -> Tile:
+    """Make `tile(x, w, y, i, j, first, stop)`, as `dot_tile`.
 
-    Meanwhile rows [first, stop) of w are fetched into a core's cache of this level.
+    Meanwhile rows [first, stop) of w are fetched into a core's second cache.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def tile(
-        typing: Any,
-        x: Any,
-        w: Any,
-        scales: Any,
-        y: Any,
-        i: Any,
-        j: Any,
-        adds: Any,
-        first: Any,
-        stop: Any,
-    ) -> Any:
+    def tile(typing: Any, x: Any, w: Any, y: Any, i: Any, j: Any, first: Any, stop: Any) -> Any:
         index = types.intp
-        signature = types.void(x, w, scales, y, index, index, types.boolean, index, index)
-        return signature, _dot_products(rows, columns, fetch_level=level)
+        signature = types.void(x, w, y, index, index, index, index)
+        return signature, _dot_products(rows, columns, fetches=True)
 
     made: Tile = tile
     return made
 
 
-def _dot_products(rows: int, columns: int, *, fetch_level: int | None) -> Callable[..., Any]:
+def _dot_products(rows: int, columns: int, *, fetches: bool) -> Callable[..., Any]:
     """What generates a tile of dot products."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         arrays = Arrays(context, builder, signature, arguments)
-        x, w, y = (arrays.rows(n) for n in (0, 1, 3))
-        i, j, adds = arguments[4:7]
+        x, w, y = (arrays.rows(n) for n in range(3))
+        i, j = arguments[3:5]
         x_rows = [x.address(plus(builder, i, m)) for m in range(rows)]
         w_rows = [w.address(plus(builder, j, n)) for n in range(columns)]
 
         def step(k: Any, sums: Sequence[Any], mask: Any | None) -> list[Any]:
             weights = [w.vector(row, k, mask) for row in w_rows]
-            if fetch_level:
-                w.fetch_lines(arguments[7], arguments[8], k, fetch_level)
+            if fetches:
+                w.fetch_lines(arguments[5], arguments[6], k, level=2)
             found = iter(sums)
             added = []
             for row in x_rows:
@@ -106,14 +92,9 @@ def _dot_products(rows: int, columns: int, *, fetch_level: int | None) -> Callab
 
         zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * (rows * columns)
         sums = accumulate(builder, x.length, zeros, step)
-        nothing = ir.Constant(ir.VectorType(FLOAT, columns), [0.0] * columns)
         for m in range(rows):
             totals = totals_of(builder, sums[m * columns : (m + 1) * columns])
-            if w.is_int8:
-                totals = builder.fmul(totals, arrays.elements(2, j, columns))
-            target = y.address(plus(builder, i, m))
-            before = builder.select(adds, y.elements(target, j, columns), nothing)
-            y.store_vector(target, j, builder.fadd(before, totals))
+            y.store_vector(y.address(plus(builder, i, m)), j, totals)
         return context.get_dummy_value()
 
     return generate

@@ -48,6 +48,11 @@ class Rows:
         """Whether the elements are."""
         return bool(self.element == ir.IntType(8))
 
+    @property
+    def is_float(self) -> bool:
+        """Whether the elements are fp32."""
+        return bool(self.element == FLOAT)
+
     def address(self, row: Any) -> Any:
         """Where a row begins."""
         return self.builder.gep(self.data, [self.builder.mul(row, self.strides[0])])
@@ -94,17 +99,26 @@ class Rows:
         with builder.if_then(begins):
             loop(builder, rows, 1, [], step)
 
+    def below(self, element: Any) -> Any:
+        """Where the element of the next row is, given where one is."""
+        builder, place = self.builder, self.data.type
+        address = builder.gep(builder.bitcast(element, place), [self.strides[0]])
+        return builder.bitcast(address, element.type)
+
     def elements(self, row: Any, column: Any, count: int) -> Any:
         """So many elements of a row of fp32."""
         address = self.builder.gep(row, [self._offset(column)])
         kind = ir.VectorType(FLOAT, count)
         return self.builder.load(self.builder.bitcast(address, kind.as_pointer()), align=4)
 
-    def store_vector(self, row: Any, column: Any, value: Any) -> None:
-        """Write neighbouring elements, in the width that the row has."""
+    def store_vector(self, row: Any, column: Any, value: Any, mask: Any | None = None) -> None:
+        """Write neighbouring elements, in the width that the row has, as far as the mask says."""
         address = self.builder.gep(row, [self._offset(column)])
         address = self.builder.bitcast(address, value.type.as_pointer())
-        self.builder.store(value, address, align=self.element_bytes)
+        if mask is None:
+            self.builder.store(value, address, align=self.element_bytes)
+        else:
+            _masked_store(self.builder, value, address, self.element_bytes, mask)
 
     @property
     def element_bytes(self) -> int:
@@ -234,7 +248,7 @@ def accumulate(
     done = builder.append_basic_block("summed")
     builder.cbranch(rest, tail, done)
     builder.position_at_end(tail)
-    added = step(whole, sums, _first_lanes(builder, builder.sub(length, whole)))
+    added = step(whole, sums, first_lanes(builder, builder.sub(length, whole)))
     end = builder.block
     builder.branch(done)
     builder.position_at_end(done)
@@ -251,7 +265,7 @@ def plus(builder: Any, index: Any, constant: int) -> Any:
     return builder.add(index, ir.Constant(INDEX, constant))
 
 
-def _first_lanes(builder: Any, count: Any) -> Any:
+def first_lanes(builder: Any, count: Any) -> Any:
     """A mask of the first `count` lanes."""
     wide = ir.VectorType(ir.IntType(32), LANES)
     numbers = ir.Constant(wide, list(range(LANES)))
@@ -311,6 +325,13 @@ def _masked_load(builder: Any, address: Any, packed: Any, size: int, mask: Any) 
     load = llvm_function(builder, f"llvm.masked.load.v{LANES}{kind}.p0", shape)
     nothing = ir.Constant(packed, [0] * LANES)
     return builder.call(load, [address, ir.Constant(ir.IntType(32), size), mask, nothing])
+
+
+def _masked_store(builder: Any, value: Any, address: Any, size: int, mask: Any) -> None:
+    shape = ir.FunctionType(ir.VoidType(), [value.type, address.type, ir.IntType(32), _MASK])
+    kind = "f32" if value.type.element == FLOAT else f"i{8 * size}"
+    store = llvm_function(builder, f"llvm.masked.store.v{LANES}{kind}.p0", shape)
+    builder.call(store, [value, address, ir.Constant(ir.IntType(32), size), mask])
 
 
 def fetch(builder: Any, address: Any, *, level: int = 1) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.elementary import silu
 from shared.kernels.cpu.feed_forward import add_up, sort_choices
-from shared.kernels.cpu.matrix import Matrix
 from shared.kernels.cpu.matrix_units.products import (
     Floats,
     Indices,
@@ -21,36 +20,35 @@ from shared.kernels.cpu.matrix_units.products import (
     Weights,
     multiply_columns,
     multiply_panels,
+    output_block,
     pack,
     panels_for,
     take_units,
 )
 from shared.kernels.cpu.matrix_units.tiles import (
-    OUTPUTS,
     TILE,
     configure,
     pair_tile,
 )
-from shared.kernels.cpu.products import column_block
 from shared.kernels.cpu.recording import empty
 
 
 class MatrixUnitExperts:
-    """See `Experts`; of matrices that fit the units, as they lie in memory."""
+    """See `Experts`; of matrices of bf16 that fit the units, as they lie in memory."""
 
-    def __init__(self, gate_and_up: Matrix, down: Matrix) -> None:
+    def __init__(self, gate_and_up: Tensor, down: Tensor) -> None:
         """Keep E parts: gate above up `[E, 2 * I, hidden]`, and down `[E, hidden, I]`."""
-        self._gate_and_up = gate_and_up
-        self._down = down
-        threads = torch.get_num_threads()
-        self._hidden_block = column_block(down.inputs, gate_and_up.row_bytes, threads, TILE)
-        self._output_block = column_block(down.outputs, down.row_bytes, threads, OUTPUTS)
+        self._gate_and_up, self._down = (
+            weight.view(torch.uint16).numpy() for weight in (gate_and_up, down)
+        )
+        self._hidden_block = output_block(gate_and_up, down.shape[2], TILE)
+        self._output_block = output_block(down, down.shape[1])
 
     def __call__(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """See `Experts`."""
         output = empty(*x.shape)
         operands = x.numpy(), experts.numpy(), shares.numpy()
-        matrices = self._gate_and_up.values, self._down.values
+        matrices = self._gate_and_up, self._down
         feed_forward(*operands, *matrices, output.numpy(), self._hidden_block, self._output_block)
         return output
 

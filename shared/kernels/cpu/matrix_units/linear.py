@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from shared.kernels.cpu.matrix import Matrix
-from shared.kernels.cpu.matrix_units.products import multiply
+from shared.kernels.cpu.matrix_units.products import multiply, output_block
 from shared.kernels.cpu.matrix_units.tiles import INPUTS, OUTPUTS, TILE
-from shared.kernels.cpu.products import column_block
 from shared.kernels.cpu.recording import empty
 from shared.kernels.cpu.vectors import LANES
 
@@ -16,18 +14,18 @@ def has_matrix_units() -> bool:
     return LANES == TILE and bool(torch.cpu._init_amx())  # noqa: SLF001
 
 
-def fits_units(weight: Matrix) -> bool:
-    """Whether the matrix, or each of several, is made of whole tiles."""
-    return weight.inputs % INPUTS == 0 and weight.outputs >= OUTPUTS
+def fits_units(weight: Tensor) -> bool:
+    """Whether the matrix `[outputs, inputs]`, or each of several, is made of whole tiles."""
+    outputs, inputs = weight.shape[-2:]
+    return inputs % INPUTS == 0 and outputs >= OUTPUTS
 
 
 class MatrixUnitLinear:
-    """A matrix that fits the units, as it lies in memory."""
+    """A matrix of bf16 that fits the units, as it lies in memory."""
 
-    def __init__(self, weight: Matrix) -> None:
-        self._weight = weight.values
-        threads = torch.get_num_threads()
-        self._block = column_block(weight.outputs, weight.row_bytes, threads, OUTPUTS)
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.view(torch.uint16).numpy()
+        self._block = output_block(weight, weight.shape[0])
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, inputs]` to `[T, outputs]`."""

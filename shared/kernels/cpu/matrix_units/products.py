@@ -8,7 +8,9 @@ from typing import Final
 
 import numba
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shared.kernels.cpu.compiled import kernel, part
 from shared.kernels.cpu.matrix_units.tiles import (
@@ -31,8 +33,20 @@ Indices = NDArray[np.int64]
 
 PANELS: Final = 16
 """Whose tokens stay in a core's cache while a matrix streams by: even."""
+BLOCK_BYTES: Final = 160 * 1024
+"""Of a matrix, that stay there while more of them stream by."""
 _PAIR, _ONE = product_tile(2), product_tile(1)
 _FIRST_PAIR, _FIRST_ONE = fetching_product_tile(2), fetching_product_tile(1)
+
+
+def output_block(weight: Tensor, outputs: int, columns: int = OUTPUTS) -> int:
+    """Outputs of some of a matrix's that a thread computes at a time.
+
+    Whole tiles of so many columns, and as many for each thread; their weights stay in its cache.
+    """
+    row_bytes, threads = weight.shape[-1] * weight.itemsize, torch.get_num_threads()
+    pieces = threads * -(-outputs // (threads * max(columns, BLOCK_BYTES // row_bytes)))
+    return columns * -(-outputs // (pieces * columns))
 
 
 @kernel
