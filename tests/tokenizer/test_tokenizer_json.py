@@ -52,6 +52,25 @@ def test_tokens_and_text_are_the_librarys(tmp_path: Path, content: Content, text
     assert tokenizer.decode(expected) == library.decode(expected)
 
 
+@pytest.mark.parametrize("join", [list, " ".join], ids=["pairs", "strings"])
+def test_no_merge_makes_a_special_token_of_text(tmp_path: Path, join: Callable[..., Any]) -> None:
+    content = deepcopy(BYTE_LEVEL)
+    token_id = content["model"]["vocab"][MERGED]
+    content["added_tokens"].append(
+        {**content["added_tokens"][0], "id": token_id, "content": MERGED}
+    )
+    longer, further = f"{MERGED}~", MERGED + MERGED
+    content["model"]["vocab"] |= {longer: VOCAB_SIZE - 1, further: VOCAB_SIZE - 2}
+    merges = [*content["model"]["merges"], (MERGED, "~"), (MERGED, MERGED)]
+    content["model"]["merges"] = [join(merge) for merge in merges]
+    tokenizer = JsonTokenizer.from_directory(write_json(tmp_path, content), VOCAB_SIZE)
+    text = f"{MERGED} {further}{longer}"
+    ids = tokenizer.encode(text)
+    assert tokenizer.special_tokens[MERGED] == token_id
+    assert not {token_id, VOCAB_SIZE - 1, VOCAB_SIZE - 2} & set(ids)
+    assert tokenizer.decode(ids) == text
+
+
 @pytest.mark.parametrize("content", [BYTE_LEVEL, BYTE_FALLBACK], ids=["bytes", "fallback"])
 def test_a_token_alone_is_the_librarys(tmp_path: Path, content: Content) -> None:
     library = the_library(content)
@@ -160,7 +179,8 @@ METASPACE = {"type": "Metaspace", "replacement": SPACE_MARK, "split": False}
         (setting("model", "vocab", "\u4e00", to=900), "is not written in bytes"),
         (without("model", "vocab", "Ġ"), "byte 0x20 has no token"),
         (without("model", "vocab", MERGED), "the tokenizers library refuses it"),
-        (setting("model", "merges", to=7), "the tokenizers library refuses it"),
+        (setting("model", "merges", to=7), "model.merges: Input should be a valid list"),
+        (setting("model", "merges", to=[["a"]]), "the tokenizers library refuses it"),
         (adding(id=VOCAB_SIZE, content="x"), f"'x' has id {VOCAB_SIZE}, outside the vocabulary"),
         (adding(id=7, content="x"), "which is that of an ordinary token"),
         (adding(content="<|im_end|>"), "occurs twice"),

@@ -61,6 +61,8 @@ class _Model(_Part):
 
     type: Literal["BPE"]
     vocab: dict[str, TokenId]
+    merges: list[str | list[str]]
+    """Of two pieces each; older files have a space between them."""
     byte_fallback: bool = False
     dropout: None = None
     continuing_subword_prefix: Literal[""] | None = None
@@ -114,7 +116,7 @@ class JsonTokenizer(Tokenizer):
         try:
             pieces = _ordinary_pieces(file, vocab_size)
             token_bytes = _ordinary_bytes(file, pieces)
-            encoder = _ordinary_encoder(document, pieces)
+            encoder = _ordinary_encoder(document, pieces, _ordinary_merges(file.model, pieces))
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
         added = _added_tokens(file, pieces)
@@ -158,7 +160,20 @@ def _added_tokens(file: _File, pieces: Mapping[str, int]) -> tuple[AddedToken, .
     )
 
 
-def _ordinary_encoder(document: dict[str, Any], pieces: Mapping[str, int]) -> tokenizers.Tokenizer:
+def _ordinary_merges(model: _Model, pieces: Mapping[str, int]) -> list[str | list[str]]:
+    """Those without a special token: its name in a text is merged to other pieces."""
+    special = model.vocab.keys() - pieces.keys()
+
+    def is_ordinary(merge: str | list[str]) -> bool:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        return special.isdisjoint((*parts, "".join(parts)))
+
+    return [merge for merge in model.merges if is_ordinary(merge)] if special else model.merges
+
+
+def _ordinary_encoder(
+    document: dict[str, Any], pieces: Mapping[str, int], merges: list[str | list[str]]
+) -> tokenizers.Tokenizer:
     """What encodes text without added tokens: none can be found in a text then."""
     ordinary = {
         **document,
@@ -166,7 +181,7 @@ def _ordinary_encoder(document: dict[str, Any], pieces: Mapping[str, int]) -> to
         "truncation": None,
         "padding": None,
         "post_processor": None,
-        "model": {**document["model"], "vocab": pieces, "unk_token": None},
+        "model": {**document["model"], "vocab": pieces, "merges": merges, "unk_token": None},
     }
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(ordinary))
